@@ -1,0 +1,8 @@
+"""Fused operations of the supernet's blocks, each with a plain torch reference and faster backends."""
+
+from kernels.block import BlockShape, BlockWeights
+from kernels.dispatch import choose_backend, inverted_residual, pointwise_bn_relu6, set_backend
+
+__all__ = [
+    "BlockShape", "BlockWeights", "choose_backend", "inverted_residual", "pointwise_bn_relu6", "set_backend",
+]  # fmt: skip

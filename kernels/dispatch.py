@@ -1,0 +1,115 @@
+"""The public operations, and the one place where a backend is chosen for them."""
+
+import importlib.util
+import os
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kernels import reference
+from kernels.block import BlockShape, BlockWeights, check_slice
+
+Backend = Literal["reference", "triton", "onednn"]
+Norms = tuple[nn.BatchNorm2d | None, nn.BatchNorm2d, nn.BatchNorm2d]
+
+_forced: str | None = None
+
+
+def set_backend(name: str | None) -> None:
+    """Force a backend for all later calls; None chooses by device again. Wins over BSNAS_KERNELS.
+
+    Raises ValueError for an unknown name. One that cannot run raises RuntimeError when it is called.
+    """
+    global _forced
+    _forced = None if name is None else _known(name)
+
+
+def _known(name: str) -> str:
+    if name not in get_args(Backend):
+        raise ValueError(
+            f"backend {name!r} is unknown; allowed are {', '.join(get_args(Backend))}; or force none"
+        )
+    return name
+
+
+def why_not(name: str, x: Tensor) -> str | None:
+    """Why the backend cannot run on x, or None when it can."""
+    kind = x.device.type
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it needs an NVIDIA GPU (or TRITON_INTERPRET=1) and the tensor is on {kind}"
+        if kind == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+            return "it needs compute capability 8.0 or newer"
+        if reference.compute_dtype(x) not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it computes in float32, bfloat16 or float16, not in {reference.compute_dtype(x)}"
+    if name == "onednn":
+        if kind != "cpu":
+            return f"it runs on the CPU and the tensor is on {kind}"
+        return "it is not built yet"
+    return None
+
+
+def choose_backend(x: Tensor, backend: str | None = None) -> str:
+    """The backend for x: the argument, else `set_backend`, else BSNAS_KERNELS, else the fastest that can run.
+
+    Raises RuntimeError when a forced backend cannot run, and says why.
+    """
+    forced = backend or _forced or os.environ.get("BSNAS_KERNELS") or None
+    if forced is None:
+        fastest = "triton" if x.device.type == "cuda" else "onednn"
+        return fastest if why_not(fastest, x) is None else "reference"
+    reason = why_not(_known(forced), x)
+    if reason is not None:
+        raise RuntimeError(f"backend {forced!r} cannot run: {reason}; use 'reference', or force none")
+    return forced
+
+
+def inverted_residual(
+    x: Tensor,
+    weights: BlockWeights,
+    norms: Norms,
+    shape: BlockShape,
+    *,
+    training: bool,
+    backend: str | None = None,
+) -> Tensor:
+    """Inverted residual block (MobileNetV2; paper, section 3.1) on slices of full-size weights.
+
+    x [N, in_channels, H, W], best channels_last -> [N, out_channels, ceil(H / stride), ceil(W / stride)] in the compute
+    dtype, which is autocast's where autocast is on for the device and x's own elsewhere; accumulation is in float32 or
+    wider. Expand, BN, ReLU6; depthwise, BN, ReLU6; project, BN; identity shortcut where the shape has one. With
+    `training` each norm uses the batch's statistics and updates its running ones exactly as torch.nn.BatchNorm2d does,
+    else it uses the running ones; `bn.training` is not looked at.
+
+    Raises ValueError when the shape is no slice of the weights, RuntimeError when a forced backend cannot run.
+    """
+    check_slice(weights, shape, x.shape[1])
+    chosen = choose_backend(x, backend)
+    assert chosen == "reference"
+    return reference.inverted_residual(x, weights, norms, shape, training=training)
+
+
+def pointwise_bn_relu6(
+    x: Tensor,
+    weight: Tensor,
+    bn: nn.BatchNorm2d,
+    *,
+    in_channels: int,
+    training: bool,
+    backend: str | None = None,
+) -> Tensor:
+    """The tail: 1x1 convolution, BN, ReLU6. x [N, in_channels, H, W], weight [out, in_max] -> [N, out, H, W].
+
+    Dtypes, statistics and errors as in `inverted_residual`.
+    """
+    if x.shape[1] != in_channels or weight.shape[1] < in_channels:
+        raise ValueError(
+            f"in_channels {in_channels} with x {tuple(x.shape)} and weight {tuple(weight.shape)}; x must have exactly "
+            "that many channels and the weight at least that many inputs"
+        )
+    chosen = choose_backend(x, backend)
+    assert chosen == "reference"
+    return reference.pointwise_bn_relu6(x, weight, bn, in_channels=in_channels, training=training)

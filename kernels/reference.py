@@ -1,0 +1,74 @@
+"""Plain torch reference: the specification of every other backend. Any dtype, any device, gradients by autograd."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.block import BlockShape, BlockWeights
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The autocast dtype where autocast is on for x's device, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def batch_norm(x: Tensor, bn: nn.BatchNorm2d, training: bool) -> Tensor:
+    """`bn(x)` with `bn.training` replaced by `training`: the same values and the same updates of running statistics."""
+    momentum = bn.momentum
+    if training and bn.track_running_stats:
+        bn.num_batches_tracked.add_(1)  # type: ignore[operator]
+        if momentum is None:  # a cumulative average
+            momentum = 1.0 / float(cast(Tensor, bn.num_batches_tracked))
+    return F.batch_norm(
+        x, bn.running_mean, bn.running_var, bn.weight, bn.bias,
+        training or bn.running_mean is None, momentum or 0.0, bn.eps,
+    )  # fmt: skip
+
+
+def centre_crop(weight: Tensor, channels: int, kernel: int) -> Tensor:
+    """Depthwise weight [C_max, 1, K_max, K_max] -> view [channels, 1, kernel, kernel]."""
+    margin = (weight.shape[-1] - kernel) // 2
+    return weight[:channels, :, margin : margin + kernel, margin : margin + kernel]
+
+
+def pointwise(x: Tensor, weight: Tensor, out_channels: int) -> Tensor:
+    """1x1 convolution of x [N, C, H, W] with the slice `weight[:out_channels, :C]` in x's dtype."""
+    return F.conv2d(x, weight[:out_channels, : x.shape[1], None, None].to(x.dtype))
+
+
+def depthwise(x: Tensor, weight: Tensor, kernel: int, stride: int) -> Tensor:
+    """Depthwise convolution of x [N, C, H, W] with the centre crop of `weight`, in x's dtype."""
+    channels = x.shape[1]
+    crop = centre_crop(weight, channels, kernel).to(x.dtype)
+    return F.conv2d(x, crop, stride=stride, padding=kernel // 2, groups=channels)
+
+
+def inverted_residual(
+    x: Tensor,
+    weights: BlockWeights,
+    norms: tuple[nn.BatchNorm2d | None, nn.BatchNorm2d, nn.BatchNorm2d],
+    shape: BlockShape,
+    *,
+    training: bool,
+) -> Tensor:
+    """See `kernels.inverted_residual`."""
+    x = x.to(compute_dtype(x))
+    hidden = x
+    if weights.expand is not None:
+        assert norms[0] is not None, "an expansion has a normalisation"
+        hidden = F.relu6(batch_norm(pointwise(x, weights.expand, shape.hidden), norms[0], training))
+    hidden = depthwise(hidden, weights.depthwise, shape.kernel, shape.stride)
+    hidden = F.relu6(batch_norm(hidden, norms[1], training))
+    out = batch_norm(pointwise(hidden, weights.project, shape.out_channels), norms[2], training)
+    return x + out if shape.residual else out
+
+
+def pointwise_bn_relu6(
+    x: Tensor, weight: Tensor, bn: nn.BatchNorm2d, *, in_channels: int, training: bool
+) -> Tensor:
+    """See `kernels.pointwise_bn_relu6`."""
+    x = x[:, :in_channels].to(compute_dtype(x))
+    return F.relu6(batch_norm(pointwise(x, weight, weight.shape[0]), bn, training))
