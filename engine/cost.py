@@ -84,7 +84,10 @@ class CostModel:
             reached: dict[int, int] = {}
             for channels in space.live_channels(j):
                 inner = sum(
-                    pick(self._block_cost(i, channels, op, channels)[0] for op in space.live_block_ops(i, channels))
+                    pick(
+                        self._block_cost(i, channels, op, channels)[0]
+                        for op in space.live_block_ops(i, channels)
+                    )
                     for i in blocks[1:]
                 )
                 reached[channels] = pick(

@@ -8,7 +8,9 @@ def imagenet_space(classes: int = 1000) -> Space:
     kernels, expansions = (3, 5, 7), (3, 6)
 
     def cluster(blocks: int, channels: tuple[int, ...], stride: int) -> Cluster:
-        return Cluster(blocks=blocks, kernels=kernels, expansions=expansions, channels=channels, stride=stride)
+        return Cluster(
+            blocks=blocks, kernels=kernels, expansions=expansions, channels=channels, stride=stride
+        )
 
     return Space(
         classes=classes,

@@ -1,0 +1,162 @@
+"""The configuration of a run: frozen dataclasses whose docstrings are the command line's help."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from engine.datasets import DataConfig
+from engine.errors import UserError
+from engine.space import Space
+from engine.supernet import Sharing
+
+Config = TypeVar("Config")
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Which paths are trained, and when their gradients reach the weights."""
+
+    sampler: Literal["fair", "uniform"] = "fair"
+    """`fair`: strict fairness as FairNAS, with tied channels. `uniform`: as SPOS."""
+    update: Literal["round", "path"] = "round"
+    """`round`: gradients of a round's paths add up to one optimizer step. `path`: one optimizer step per path."""
+    batches: Literal["shared", "fresh"] = "shared"
+    """`shared`: one image batch goes through all paths of a round. `fresh`: each path gets its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """SGD with linear warmup and one cosine cycle over all epochs (paper, section 4.1)."""
+
+    batch_size: int = 512
+    """Images of one pass over all processes together."""
+    learning_rate: float = 0.045
+    """Peak learning rate, reached after the warmup."""
+    momentum: float = 0.9
+    weight_decay: float = 4e-5
+    """L2 weight decay."""
+    warmup_epochs: float = 5
+    """Epochs of linear warmup; must be fewer than all epochs."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.learning_rate <= 0 or not 0 <= self.momentum < 1:
+            raise UserError(
+                f"batch size {self.batch_size}, learning rate {self.learning_rate}, momentum {self.momentum}: "
+                "need batch size >= 1, learning rate > 0 and 0 <= momentum < 1"
+            )
+        if self.weight_decay < 0 or self.warmup_epochs < 0 or not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                f"weight decay {self.weight_decay}, warmup epochs {self.warmup_epochs}, label smoothing "
+                f"{self.label_smoothing}: need values >= 0, label smoothing < 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkConfig:
+    """Step-shrinking (paper, Algorithm 1)."""
+
+    first_epochs: int = 120
+    """Epochs on the full space before the first step (T_f)."""
+    interval_epochs: int = 40
+    """Epochs after each step (T_i)."""
+    keep: tuple[int, ...] = (9, 5, 3)
+    """Most operations that a block keeps at each step (N_r); empty trains without shrinking."""
+    models_per_operation: int = 200
+    """Subnets drawn at a step for each operation of a block (M)."""
+    bn: Literal["running", "recalibrate"] = "running"
+    """Batch normalisation of scored subnets: statistics kept in training, or recomputed for each subnet."""
+
+    def __post_init__(self) -> None:
+        if self.first_epochs < 1 or self.interval_epochs < 1 or self.models_per_operation < 1:
+            raise UserError(
+                f"first epochs {self.first_epochs}, interval epochs {self.interval_epochs}, models per operation "
+                f"{self.models_per_operation}: each must be at least 1"
+            )
+        if any(keep < 1 for keep in self.keep) or list(self.keep) != sorted(set(self.keep), reverse=True):
+            raise UserError(f"keep {self.keep}: give falling numbers of at least 1, as 9 5 3")
+
+    @property
+    def total_epochs(self) -> int:
+        return self.first_epochs + len(self.keep) * self.interval_epochs
+
+    @property
+    def step_epochs(self) -> tuple[int, ...]:
+        """The epochs at whose start a step is made."""
+        return tuple(self.first_epochs + step * self.interval_epochs for step in range(len(self.keep)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainConfig:
+    """Training of a released network; data, optimizer and schedule are the supernet's unless set here."""
+
+    epochs: int = 240
+    """Epochs of the stand-alone training."""
+    learning_rate: float = 0.045
+    batch_size: int = 512
+    """Images of one step over all processes together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How subnets are scored."""
+
+    recalibration_images: int = 2048
+    """Training images whose statistics `bn=recalibrate` takes."""
+    memory_mib: int | None = None
+    """Memory budget of an evaluation in MiB; by default a share of what is free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run's result."""
+
+    preset: str
+    """Name of the preset that the run started from."""
+    space: Space
+    """The full search space."""
+    data: DataConfig
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    shrink: ShrinkConfig = field(default_factory=ShrinkConfig)
+    retrain: RetrainConfig = field(default_factory=RetrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sharing: Sharing = "channels"
+    """Who shares convolution weights inside a block."""
+    precision: Precision | None = None
+    """Compute precision; by default bf16 on a GPU and fp32 on a CPU. Weights are always fp32."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        if self.optimizer.warmup_epochs >= self.shrink.total_epochs:
+            raise UserError(
+                f"warmup of {self.optimizer.warmup_epochs} epochs in a training of {self.shrink.total_epochs}; "
+                "set --optimizer.warmup-epochs lower"
+            )
+        if self.data.resolution != self.space.resolution:
+            raise UserError(
+                f"data resolution {self.data.resolution} and space resolution {self.space.resolution} differ; "
+                "set both to the same"
+            )
+
+
+def to_json(config: Any) -> Any:
+    """A configuration dataclass as JSON-ready data."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def from_json(kind: type[Config], data: Any, source: Path) -> Config:
+    """The configuration that `to_json` wrote; every field is checked. Raises `UserError` naming `source`."""
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{source}: {where}: {first['msg']}; take a file that this program wrote ({error.error_count()} problems)"
+        ) from None

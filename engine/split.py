@@ -1,0 +1,117 @@
+"""The search-validation split: n images per class held out of train/, chosen by a seed, recorded in a JSON file."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.atomic import write_atomically
+from engine.errors import UserError
+from engine.image_files import FileList
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Which files of train/ score subnets."""
+
+    indices: npt.NDArray[np.int64]
+    """Positions in the list of all training files, ascending."""
+    file: Path
+    fingerprint: str
+
+
+def choose(files: FileList, classes: Sequence[str], per_class: int, seed: int) -> npt.NDArray[np.int64]:
+    """Positions of `per_class` files of each class: those with the smallest hash of (seed, name).
+
+    A hash instead of a random generator: the choice does not depend on the order of the listing, on library versions, or
+    on files that are added to other classes.
+    """
+    chosen: list[int] = []
+    for label, name in enumerate(classes):
+        members = np.flatnonzero(files.labels == label).tolist()
+        if len(members) <= per_class:
+            raise UserError(
+                f"class {name} has {len(members)} images in {files.root / name}, but the search-validation split takes "
+                f"{per_class} per class and must leave some to train; add images or lower val_per_class"
+            )
+        members.sort(key=lambda i: (_rank(seed, files.names[i]), files.names[i]))
+        chosen.extend(members[:per_class])
+    return np.array(sorted(chosen), np.int64)
+
+
+def load_or_create_split(
+    where: Path, root: Path, classes: Sequence[str], files: FileList, *, per_class: int, seed: int
+) -> Split:
+    """The recorded split when there is a record that fits these files, else a new one. Raises UserError when it does not fit."""
+    expected = {
+        "format": FORMAT,
+        "seed": seed,
+        "per_class": per_class,
+        "classes": list(classes),
+        "counts": np.bincount(files.labels, minlength=len(classes)).tolist(),
+        "file_hash": files.content_hash,
+    }
+    if not where.exists():
+        indices = choose(files, classes, per_class, seed)
+        record = {**expected, "root": str(root), "search_val": [files.names[i] for i in indices]}
+        write_atomically(where, (json.dumps(record, indent=1) + "\n").encode())
+    record = _read(where)
+    _check(record, expected, where, root)
+    position = {name: i for i, name in enumerate(files.names)}
+    try:
+        indices = np.array(sorted(position[name] for name in record["search_val"]), np.int64)
+    except KeyError as error:
+        raise UserError(
+            f"split {where} names {error.args[0]}, which {root} does not hold; delete the split file"
+        ) from None
+    recorded = {**expected, "search_val": record["search_val"]}
+    fingerprint = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()
+    return Split(indices=indices, file=where, fingerprint=fingerprint)
+
+
+def _rank(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
+
+
+def default_file(cache: Path, root: Path, per_class: int, seed: int) -> Path:
+    """Where a split is recorded when no place is given: one file per (directory, n per class, seed)."""
+    place = hashlib.sha256(str(root.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return cache / "splits" / f"{root.name}-{place}-n{per_class}-seed{seed}.json"
+
+
+def _read(where: Path) -> dict[str, list[str]]:
+    try:
+        record = json.loads(where.read_text())
+        record["search_val"], record["file_hash"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"split file {where} cannot be read; delete it to make a new split") from None
+    return record  # type: ignore[no-any-return]
+
+
+def _check(record: dict[str, list[str]], expected: dict[str, object], where: Path, root: Path) -> None:
+    for key, meaning in (
+        ("seed", "split seed"),
+        ("per_class", "number of images per class"),
+        ("classes", "list of classes"),
+        ("counts", "number of images"),
+        ("file_hash", "list of files"),
+    ):
+        if record.get(key) != expected[key]:
+            was, now = _short(record.get(key)), _short(expected[key])
+            raise UserError(
+                f"the {meaning} of {root} is not that of the recorded split {where} (recorded {was}, now {now}); "
+                "restore it, or start anew with another split file"
+            )
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
+        return f"{sum(value)} in {len(value)} classes"
+    text = f"{len(value)}" if isinstance(value, list) else str(value)
+    return text if len(text) <= 16 else text[:12] + "..."
