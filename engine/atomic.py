@@ -34,9 +34,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             handle.write(content)
         os.replace(handle.name, path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; choose a directory that can be written"
-        ) from None
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a directory that can be written") from None
 
 
 def build_directory(final: Path, build: Callable[[Path], None]) -> Path:

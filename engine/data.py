@@ -69,9 +69,7 @@ class DataConfig:
             if getattr(self, name) < smallest:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
         if self.resize is not None and self.resize < self.resolution:
-            raise UserError(
-                f"resize {self.resize} is below resolution {self.resolution}; make it at least as large"
-            )
+            raise UserError(f"resize {self.resize} is below resolution {self.resolution}; make it at least as large")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(

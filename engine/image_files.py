@@ -12,9 +12,7 @@ import numpy.typing as npt
 
 from engine.errors import UserError
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pnm", ".webp", ".tif", ".tiff", ".jp2")
-)
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pnm", ".webp", ".tif", ".tiff", ".jp2"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +73,7 @@ def find_classes(root: Path) -> tuple[str, ...]:
     """Sorted class names: the directories in train/. val/ must be there and must hold no other class."""
     for part in ("train", "val"):
         if not (root / part).is_dir():
-            raise UserError(
-                f"{root} has no directory {part}/; a data set is train/CLASS/IMAGE and val/CLASS/IMAGE"
-            )
+            raise UserError(f"{root} has no directory {part}/; a data set is train/CLASS/IMAGE and val/CLASS/IMAGE")
     names = {part: _directories(root / part) for part in ("train", "val")}
     if not names["train"]:
         raise UserError(f"{root / 'train'} holds no class directories; it must be train/CLASS/IMAGE")
@@ -135,7 +131,5 @@ def _walk(directory: Path, prefix: str) -> list[tuple[str, int, int]]:
                     stat = entry.stat()
                     found.append((name, stat.st_size, stat.st_mtime_ns))
     except OSError as error:
-        raise UserError(
-            f"cannot read {error.filename or directory}: {error.strerror}; mend or remove it"
-        ) from None
+        raise UserError(f"cannot read {error.filename or directory}: {error.strerror}; mend or remove it") from None
     return found

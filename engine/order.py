@@ -26,7 +26,7 @@ class EpochOrder:
         drop_last: bool,
     ) -> None:
         """`drop_last` leaves out what does not fill a global batch; otherwise batches are of equal size within one sample."""
-        assert 0 <= rank < world_size and global_batch >= world_size
+        assert 0 <= rank < world_size <= global_batch
         if samples < (global_batch if drop_last else world_size):
             raise UserError(
                 f"{samples} training images do not fill one batch of {global_batch} over {world_size} processes; "
@@ -46,9 +46,7 @@ class EpochOrder:
     def global_batch(self, epoch: int, step: int) -> Indices:
         """Sample indices of all ranks together."""
         if epoch != self._epoch:
-            self._permutation = np.random.Generator(np.random.Philox([self._seed, epoch])).permutation(
-                self._samples
-            )
+            self._permutation = np.random.Generator(np.random.Philox([self._seed, epoch])).permutation(self._samples)
             self._epoch = epoch
         return self._permutation[step * self._used // self.steps : (step + 1) * self._used // self.steps]
 

@@ -97,9 +97,7 @@ def _read_idx(path: Path) -> Images:
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}; install Debian's package dataset-fashion-mnist again"
-        ) from None
+        raise UserError(f"cannot read {path}: {error}; install Debian's package dataset-fashion-mnist again") from None
     ndim = content[3]
     shape = np.frombuffer(content, ">u4", ndim, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape.tolist())

@@ -1,0 +1,69 @@
+"""Random crops and flips as numbers: where each sample of a batch is cut, computed from its own random numbers.
+
+The pipeline only executes these windows, so the pixels that a sample contributes depend on (seed, epoch, sample) and on
+nothing else: not on threads, not on the number of ranks, not on where a run was resumed.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.data import DataConfig
+from engine.order import Indices, sample_uniform
+
+RATIO = (3 / 4, 4 / 3)
+ATTEMPTS = 10
+DRAWS = 2 * ATTEMPTS + 3  # area and aspect ratio per attempt, then row, column, flip
+
+Int32 = npt.NDArray[np.int32]
+Uniform = npt.NDArray[np.float64]
+
+
+class Windows(NamedTuple):
+    """One window per sample, in pixels."""
+
+    start: Int32
+    """First row and column, [N, 2]; negative where the window reaches into the padding."""
+    shape: Int32
+    """Height and width, [N, 2]."""
+    mirror: Int32
+    """1 where the sample is flipped left to right, [N]."""
+
+
+def draw_windows(config: DataConfig, seed: int, epoch: int, indices: Indices, image_shapes: Int32 | None) -> Windows:
+    """Windows of the samples at `indices`; `image_shapes` ([N, 2], height and width) is needed for resized crops only."""
+    uniform = sample_uniform(seed, epoch, indices, DRAWS)
+    mirror = (uniform[:, -1] < 0.5 if config.flip else np.zeros(len(indices))).astype(np.int32)
+    if config.augment == "resized-crop":
+        assert image_shapes is not None
+        start, shape = resized_crop(image_shapes, uniform, config.crop_scale)
+    else:
+        pad = config.pad if config.augment == "pad-crop" else 0
+        start = np.floor(uniform[:, -3:-1] * (2 * pad + 1)).astype(np.int32) - pad
+        shape = np.full_like(start, config.resolution)
+    return Windows(start, shape, mirror)
+
+
+def resized_crop(image_shapes: Int32, uniform: Uniform, scale: tuple[float, float]) -> tuple[Int32, Int32]:
+    """torchvision's RandomResizedCrop for a batch: start and shape, [N, 2] each.
+
+    The first of ten draws of area share and log-uniform aspect ratio that fits into the image is taken; if none fits, the
+    largest centred window of an allowed aspect ratio.
+    """
+    height, width = image_shapes[:, :1].astype(np.float64), image_shapes[:, 1:].astype(np.float64)
+    area = height * width * (scale[0] + uniform[:, 0 : 2 * ATTEMPTS : 2] * (scale[1] - scale[0]))
+    low, high = np.log(RATIO)
+    ratio = np.exp(low + uniform[:, 1 : 2 * ATTEMPTS : 2] * (high - low))
+    shapes = np.stack([np.round(np.sqrt(area / ratio)), np.round(np.sqrt(area * ratio))], -1)  # [N, attempts, 2]
+    fits = np.all((shapes > 0) & (shapes <= image_shapes[:, None]), axis=-1)
+    shape = shapes[np.arange(len(shapes)), fits.argmax(1)]
+    start = np.floor(uniform[:, -3:-1] * (image_shapes - shape + 1))
+
+    fallback = np.concatenate(
+        [np.minimum(height, np.round(width / RATIO[0])), np.minimum(width, np.round(height * RATIO[1]))], 1
+    )
+    missed = ~np.any(fits, axis=1)
+    shape[missed] = fallback[missed]
+    start[missed] = (image_shapes[missed] - shape[missed]) // 2
+    return start.astype(np.int32), shape.astype(np.int32)

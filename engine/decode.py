@@ -1,0 +1,156 @@
+"""DALI pipelines: encoded files to training batches, to evaluation images, to image sizes; and which file broke one.
+
+A pipeline reads paths that a Python callback hands over batch by batch; reading, decoding and everything after runs in
+DALI's threads, or on the GPU from the decoder on.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import nvidia.dali
+import torch
+from nvidia.dali.pipeline import DataNode, Pipeline
+
+from engine.data import DataConfig
+from engine.errors import UserError
+
+MAX_THREADS = 16
+fn: Any = nvidia.dali.fn  # operators are made at import, and the stubs know only some
+types: Any = nvidia.dali.types
+
+PathBytes = npt.NDArray[np.uint8]
+Batch = tuple[list[PathBytes] | npt.NDArray[np.generic], ...]
+
+
+def thread_count(config: DataConfig) -> int:
+    """Configured threads, else this process's share of the cores that it may use."""
+    if config.threads:
+        return config.threads
+    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def path_bytes(path: str) -> PathBytes:
+    """A path as the pipeline takes it."""
+    return np.frombuffer(os.fsencode(path), np.uint8)
+
+
+def train_pipeline(
+    config: DataConfig, source: Callable[[], Batch], *, batch_size: int, device: torch.device, dtype: torch.dtype
+) -> Pipeline:
+    """`source()` gives (paths, labels, window start, window shape, mirror); outputs are images [N, H, W, 3] and labels [N].
+
+    Images are normalised, fp16 for `dtype` fp16 (and bf16 on a GPU, which DALI lacks), else fp32.
+    """
+    gpu = device.type == "cuda"
+    half = dtype == torch.float16 or (gpu and dtype == torch.bfloat16)
+
+    def graph() -> tuple[DataNode, ...]:
+        path, label, start, shape, mirror = fn.external_source(source, num_outputs=5, batch=True)
+        encoded = fn.io.file.read(path)
+        decoder = "mixed" if gpu else "cpu"
+        if config.augment == "resized-crop":
+            image = fn.decoders.image_slice(
+                encoded, start=start, shape=shape, axis_names="HW", device=decoder, output_type=types.RGB
+            )
+            image = fn.resize(image, size=(config.resolution, config.resolution), antialias=True)
+        else:
+            image = _evaluation_transform(fn.decoders.image(encoded, device=decoder, output_type=types.RGB), config)
+        if config.augment == "pad-crop":
+            image = fn.slice(
+                image, start=start, shape=shape, axis_names="HW", out_of_bounds_policy="pad", fill_values=0
+            )
+        image = fn.crop_mirror_normalize(
+            image,
+            mirror=mirror,
+            mean=[255 * value for value in config.mean],
+            std=[255 * value for value in config.std],
+            dtype=types.FLOAT16 if half else types.FLOAT,
+            output_layout="HWC",
+        )
+        return image, label.gpu() if gpu else label
+
+    return _build(graph, batch_size, threads=thread_count(config), prefetch=config.prefetch, device=device)
+
+
+def evaluation_pipeline(config: DataConfig, source: Callable[[], Batch], *, batch_size: int) -> Pipeline:
+    """`source()` gives (paths,); the output is uint8 [N, H, W, 3].
+
+    Always on the CPU, so that the same files give the same pixels on every machine.
+    """
+
+    def graph() -> tuple[DataNode, ...]:
+        encoded = fn.io.file.read(_paths(source))
+        return (_evaluation_transform(fn.decoders.image(encoded, output_type=types.RGB), config),)
+
+    return _build(graph, batch_size, threads=thread_count(config), prefetch=config.prefetch)
+
+
+def shape_pipeline(config: DataConfig, source: Callable[[], Batch], *, batch_size: int) -> Pipeline:
+    """`source()` gives (paths,); the output is (height, width, channels) from each file's header, [N, 3]."""
+
+    def graph() -> tuple[DataNode, ...]:
+        return (fn.peek_image_shape(fn.io.file.read(_paths(source))),)
+
+    return _build(graph, batch_size, threads=thread_count(config), prefetch=config.prefetch)
+
+
+def undecodable_file(paths: Sequence[str], error: Exception) -> Exception:
+    """What to raise when a pipeline over `paths` failed with `error`: a UserError that names the first broken file.
+
+    A failed pipeline is dead and does not say which file it was, so each is decoded alone until one fails.
+    """
+    remaining = iter(paths)
+    current = ""
+
+    def source() -> Batch:
+        nonlocal current
+        current = next(remaining)
+        return ([path_bytes(current)],)
+
+    def graph() -> tuple[DataNode, ...]:
+        return (fn.decoders.image(fn.io.file.read(_paths(source)), output_type=types.RGB),)
+
+    alone = _build(graph, 1, threads=1, prefetch=1)
+    for _ in paths:
+        try:
+            alone.run()
+        except RuntimeError as reason:
+            text = str(reason)
+            what = "is empty" if os.path.exists(current) and not os.path.getsize(current) else _first_line(text)
+            return UserError(f"image {current} cannot be decoded ({what}); remove or replace it")
+    return error
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if line.lower().startswith("error")), "not an image")[:120]
+
+
+def _paths(source: Callable[[], Batch]) -> DataNode:
+    return fn.external_source(source, num_outputs=1, batch=True)[0]
+
+
+def _evaluation_transform(image: DataNode, config: DataConfig) -> DataNode:
+    size = (config.resolution, config.resolution)
+    if config.resize is None:
+        return fn.resize(image, size=size, antialias=True)
+    return fn.crop(fn.resize(image, resize_shorter=config.resize, antialias=True), crop=size)
+
+
+def _build(
+    graph: Callable[[], tuple[DataNode, ...]],
+    batch_size: int,
+    *,
+    threads: int,
+    prefetch: int,
+    device: torch.device | None = None,
+) -> Pipeline:
+    device_id = (device.index or 0) if device and device.type == "cuda" else None
+    pipeline = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=prefetch)
+    with pipeline:
+        pipeline.set_outputs(*graph())
+    pipeline.build()
+    return pipeline

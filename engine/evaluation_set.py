@@ -1,0 +1,100 @@
+"""Images that score networks: decoded once, kept as one memory-mapped uint8 array that all processes share."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.atomic import build_directory
+from engine.data import DataConfig, FileList
+from engine.decode import Batch, evaluation_pipeline, path_bytes, undecodable_file
+from engine.errors import UserError
+
+FORMAT = 1
+BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationSet:
+    """Decoded, resized and cropped images with their labels."""
+
+    images: npt.NDArray[np.uint8]
+    """[N, H, W, 3], read-only, memory-mapped from the cache directory."""
+    labels: npt.NDArray[np.int64]
+    mean: tuple[float, float, float]
+    """In units of 0 to 1."""
+    std: tuple[float, float, float]
+    fingerprint: str
+    """Hash of the files, their order, labels and the transform, normalisation included."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def normalized(
+        self, device: torch.device | str, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """Images start to stop as the training loader would give them: [N, 3, H, W], channels_last, `dtype`, on `device`."""
+        chosen = torch.from_numpy(np.array(self.images[start:stop]))
+        return normalize(chosen.to(device), self.mean, self.std, dtype)
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """uint8 [N, H, W, 3] to normalised [N, 3, H, W] in channels_last, on the device that holds the images."""
+    shift = torch.tensor(mean, device=images.device) * 255
+    scale = 1 / (torch.tensor(std, device=images.device) * 255)
+    return ((images.float() - shift) * scale).to(dtype).permute(0, 3, 1, 2)
+
+
+def evaluation_set(files: FileList, config: DataConfig) -> EvaluationSet:
+    """The decoded images of a list of files, from the cache where the same files were decoded by the same transform before.
+
+    The first process decodes and the others wait for it. Raises UserError that names a file that cannot be decoded.
+    """
+    transform = {"format": FORMAT, "resolution": config.resolution, "resize": config.resize}
+    identity = hashlib.sha256(f"{files.identity}{json.dumps(transform)}".encode()).hexdigest()
+    directory = config.cache / "evaluation" / identity[:32]
+    build_directory(directory, lambda work: _decode(files, config, work))
+    images = np.load(directory / "images.npy", mmap_mode="r")
+    scale = json.dumps([identity, config.mean, config.std])
+    return EvaluationSet(
+        images=images,
+        labels=files.labels,
+        mean=config.mean,
+        std=config.std,
+        fingerprint=hashlib.sha256(scale.encode()).hexdigest(),
+    )
+
+
+def _decode(files: FileList, config: DataConfig, work: Path) -> None:
+    shape = (len(files), config.resolution, config.resolution, 3)
+    needed, free = int(np.prod(shape)), shutil.disk_usage(work).free
+    if needed > free:
+        raise UserError(
+            f"decoding {len(files)} images takes {needed / 1e9:.1f} GB in {work.parent}, which has {free / 1e9:.1f} GB free; "
+            "free some or set cache_dir"
+        )
+    cursor = 0
+
+    def source() -> Batch:
+        nonlocal cursor
+        first, cursor = cursor, min(cursor + BATCH, len(files))
+        if first == cursor:
+            raise StopIteration
+        return ([path_bytes(files.path(i)) for i in range(first, cursor)],)
+
+    pipeline = evaluation_pipeline(config, source, batch_size=BATCH)
+    images = np.lib.format.open_memmap(work / "images.npy", "w+", np.uint8, shape)
+    for first in range(0, len(files), BATCH):
+        try:
+            (batch,) = pipeline.run()
+        except RuntimeError as error:
+            ahead = range(first, min(len(files), first + BATCH * (config.prefetch + 1)))
+            raise undecodable_file([files.path(i) for i in ahead], error) from None
+        images[first : first + BATCH] = np.array(batch.as_tensor())
+    images.flush()

@@ -1,0 +1,125 @@
+"""Training batches: DALI decodes and augments, the order and every random number come from (seed, epoch, sample)."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.augment import draw_windows
+from engine.data import DataConfig, FileList
+from engine.decode import Batch, path_bytes, train_pipeline, undecodable_file
+from engine.image_shapes import image_shapes
+from engine.order import EpochOrder
+
+
+class TrainLoader:
+    """Batches of one rank: images [N, 3, H, W], channels_last, normalised, in `dtype` on `device`; labels int64 [N] there too.
+
+    Global batch g of an epoch is the same set of images for every number of ranks; each rank gets a contiguous part of it.
+    Iteration can begin at any (epoch, step) and gives what an uninterrupted run would have seen there. The pipeline stays
+    alive between epochs and decodes into the next one.
+    """
+
+    def __init__(
+        self,
+        files: FileList,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        drop_last: bool = True,
+    ) -> None:
+        """`batch_size` is per rank. `drop_last=False` keeps every image and makes the batches equal within one image."""
+        self._order = EpochOrder(
+            len(files),
+            global_batch=batch_size * world_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            drop_last=drop_last,
+        )
+        self.steps_per_epoch = self._order.steps
+        self._files, self._config, self._seed, self._dtype = files, config, seed, dtype
+        self._device = torch.device(device)
+        self._shapes = image_shapes(files, config) if config.augment == "resized-crop" else None
+        self._cursor = 0
+        self._ahead: deque[int] = deque()  # positions handed to the pipeline and not yet received
+        self._wait = _Wait(self._device)
+        self._pipeline = train_pipeline(config, self._feed, batch_size=batch_size, device=self._device, dtype=dtype)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time since the start for which training stood still for want of a batch."""
+        return self._wait.seconds()
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch from step `start` on. Raises UserError that names a file that cannot be decoded."""
+        for step in range(start, self.steps_per_epoch):
+            yield self._receive(epoch * self.steps_per_epoch + step)
+
+    def _feed(self) -> Batch:
+        """The next batch for the pipeline to decode; called by DALI when it has room."""
+        epoch, step = divmod(self._cursor, self.steps_per_epoch)
+        self._ahead.append(self._cursor)
+        self._cursor += 1
+        indices = self._order.rank_batch(epoch, step)
+        shapes = None if self._shapes is None else self._shapes[indices]
+        windows = draw_windows(self._config, self._seed, epoch, indices, shapes)
+        paths = [path_bytes(self._files.path(i)) for i in indices.tolist()]
+        return paths, self._files.labels[indices], *windows
+
+    def _receive(self, position: int) -> tuple[Tensor, Tensor]:
+        """The batch at a position counted over all epochs; after a jump, what was decoded ahead is dropped."""
+        if position not in self._ahead:
+            self._cursor = position
+        with self._wait:
+            outputs = self._run()
+            while self._ahead.popleft() != position:
+                outputs = self._run()
+        images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+        return images.to(self._dtype).permute(0, 3, 1, 2), labels
+
+    def _run(self) -> tuple:  # type: ignore[type-arg]
+        # On a GPU the outputs belong to torch's current stream: nobody waits on the host, and their memory is reused in stream order.
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        try:
+            return self._pipeline.run(stream)
+        except RuntimeError as error:
+            steps = [divmod(position, self.steps_per_epoch) for position in self._ahead]
+            indices = np.concatenate([np.empty(0, np.int64), *(self._order.rank_batch(*step) for step in steps)])
+            paths = [self._files.path(i) for i in indices.tolist()]
+            raise undecodable_file(paths, error) from None
+
+
+class _Wait:
+    """Sums the time between enter and exit: the host's on a CPU, that of the device's stream on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._total, self._begun = device, 0.0, 0.0
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def __enter__(self) -> None:
+        if self._device.type == "cuda":
+            # The stream stands still from the first event to the second exactly when it has no work left and no batch yet.
+            self._pending.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._pending[-1][0].record(torch.cuda.current_stream(self._device))
+        self._begun = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            self._pending[-1][1].record(torch.cuda.current_stream(self._device))
+        else:
+            self._total += time.perf_counter() - self._begun
+
+    def seconds(self) -> float:
+        while self._pending and self._pending[0][1].query():
+            before, after = self._pending.popleft()
+            self._total += before.elapsed_time(after) / 1000
+        return self._total
