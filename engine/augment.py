@@ -31,12 +31,11 @@ class Windows(NamedTuple):
     """1 where the sample is flipped left to right, [N]."""
 
 
-def draw_windows(config: DataConfig, seed: int, epoch: int, indices: Indices, image_shapes: Int32 | None) -> Windows:
-    """Windows of the samples at `indices`; `image_shapes` ([N, 2], height and width) is needed for resized crops only."""
+def draw_windows(config: DataConfig, seed: int, epoch: int, indices: Indices, image_shapes: Int32) -> Windows:
+    """Windows of the samples at `indices`; `image_shapes` is [N, 2], height and width."""
     uniform = sample_uniform(seed, epoch, indices, DRAWS)
     mirror = (uniform[:, -1] < 0.5 if config.flip else np.zeros(len(indices))).astype(np.int32)
     if config.augment == "resized-crop":
-        assert image_shapes is not None
         start, shape = resized_crop(image_shapes, uniform, config.crop_scale)
     else:
         pad = config.pad if config.augment == "pad-crop" else 0

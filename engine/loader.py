@@ -48,11 +48,18 @@ class TrainLoader:
         self.steps_per_epoch = self._order.steps
         self._files, self._config, self._seed, self._dtype = files, config, seed, dtype
         self._device = torch.device(device)
-        self._shapes = image_shapes(files, config) if config.augment == "resized-crop" else None
+        self._shapes = image_shapes(files, config)
         self._cursor = 0
         self._ahead: deque[int] = deque()  # positions handed to the pipeline and not yet received
         self._wait = _Wait(self._device)
-        self._pipeline = train_pipeline(config, self._feed, batch_size=batch_size, device=self._device, dtype=dtype)
+        self._pipeline = train_pipeline(
+            config,
+            self._feed,
+            batch_size=batch_size,
+            device=self._device,
+            dtype=dtype,
+            exact_size=bool((self._shapes == config.resolution).all()),
+        )
 
     @property
     def wait_seconds(self) -> float:
@@ -70,10 +77,10 @@ class TrainLoader:
         self._ahead.append(self._cursor)
         self._cursor += 1
         indices = self._order.rank_batch(epoch, step)
-        shapes = None if self._shapes is None else self._shapes[indices]
-        windows = draw_windows(self._config, self._seed, epoch, indices, shapes)
+        windows = draw_windows(self._config, self._seed, epoch, indices, self._shapes[indices])
         paths = [path_bytes(self._files.path(i)) for i in indices.tolist()]
-        return paths, self._files.labels[indices], *windows
+        cut = () if self._config.augment == "none" else (windows.start, windows.shape)
+        return paths, self._files.labels[indices], windows.mirror, *cut
 
     def _receive(self, position: int) -> tuple[Tensor, Tensor]:
         """The batch at a position counted over all epochs; after a jump, what was decoded ahead is dropped."""
