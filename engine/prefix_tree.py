@@ -8,6 +8,7 @@ order on every level, so the children of consecutive nodes are consecutive: a su
 This module needs no torch.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,11 +33,19 @@ class Level:
     """Per node, the number of its parent on the level above; ascending."""
     first_child: tuple[int, ...]
     """Children of the nodes a..b-1 are the nodes first_child[a]..first_child[b]-1 of the level below."""
+    positions: tuple[int, ...]
+    """Per node, how many nodes of the same step come before it on the level."""
+    in_size: int
+    """Height and width of the inputs."""
     out_size: int
     """Height and width of the outputs."""
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def step_counts(self) -> Counter[Step]:
+        """How many nodes take each step."""
+        return Counter(self.steps)
 
     def groups(self, start: int, stop: int) -> dict[Step, list[int]]:
         """The nodes start..stop-1 by step, in order of first appearance."""
@@ -53,9 +62,10 @@ class PrefixTree:
     sequence that was given.
     """
 
-    def __init__(self, space: Space, archs: Sequence[Arch]) -> None:
+    def __init__(self, space: Space, archs: Sequence[Arch], resolution: int) -> None:
         assert len(set(archs)) == len(archs) > 0, "different architectures, at least one"
         self.space = space
+        self.resolution = resolution
         self.leaves = tuple(sorted(range(len(archs)), key=lambda a: archs[a].operations))
         ordered = [archs[a] for a in self.leaves]
         dims = [space.supernet_dims(arch) for arch in ordered]
@@ -70,21 +80,22 @@ class PrefixTree:
             node_of.append(nodes)
         self.levels = tuple(self._level(i, node_of, ordered, dims) for i in range(space.num_blocks))
 
-    def _level(
-        self, i: int, node_of: list[list[int]], ordered: list[Arch], dims: list[tuple[BlockDims, ...]]
-    ) -> Level:
+    def _level(self, i: int, node_of: list[list[int]], ordered: list[Arch], dims: list[tuple[BlockDims, ...]]) -> Level:
         firsts = _first_positions(node_of[i])
+        steps = tuple(Step(ordered[a].operations[i], dims[a][i]) for a in firsts)
         below = node_of[i + 1] if i + 1 < len(node_of) else list(range(len(ordered)))
         return Level(
-            steps=tuple(Step(ordered[a].operations[i], dims[a][i]) for a in firsts),
+            steps=steps,
             parents=tuple(node_of[i - 1][a] if i else 0 for a in firsts),
             first_child=(*(below[a] for a in firsts), below[-1] + 1),
-            out_size=self._out_size(i),
+            positions=_earlier_equals(steps),
+            in_size=self._size_before(i),
+            out_size=self._size_before(i + 1),
         )
 
-    def _out_size(self, block: int) -> int:
-        size = -(-self.space.resolution // self.space.stem_stride)
-        for i in range(block + 1):
+    def _size_before(self, block: int) -> int:
+        size = -(-self.resolution // self.space.stem_stride)
+        for i in range(block):
             size = -(-size // self.space.block_stride(i))
         return size
 
@@ -96,3 +107,13 @@ class PrefixTree:
 def _first_positions(nodes: list[int]) -> list[int]:
     """For ascending node numbers, the first position of each."""
     return [a for a in range(len(nodes)) if a == 0 or nodes[a] != nodes[a - 1]]
+
+
+def _earlier_equals(steps: Sequence[Step]) -> tuple[int, ...]:
+    """For each step, how many equal ones stand before it."""
+    seen: Counter[Step] = Counter()
+    positions = []
+    for step in steps:
+        positions.append(seen[step])
+        seen[step] += 1
+    return tuple(positions)

@@ -1,0 +1,198 @@
+"""Convolutions of networks that do not train: batch normalisation folded in, ReLU6 and shortcut fused.
+
+Two families, equal in meaning on every backend:
+
+- `folded_*` take weights that already contain the batch normalisation, and a bias.
+- `segmented_*` take raw weights and a scale and shift *per segment*: the batch [M, ...] consists of S equal segments,
+  each from another network that uses the same weights with its own batch normalisation. `folded_*` is the case S = 1.
+
+Backends: `reference` (plain torch, any device) is the specification; `onednn` (CPU) runs the convolution with its
+pointwise tail as one primitive; `triton` (GPU) comes from `kernels.triton_inference`. Activations are [N, C, H, W] in
+channels_last; convolutions keep the size at stride 1 ("same" padding, odd kernels).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Convolution = Callable[..., Tensor]
+
+RELU6 = ("hardtanh", [0.0, 6.0], "")
+IDENTITY: tuple[str, list[Any], str] = ("none", [], "")
+
+
+def fold_norm(norm: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The (scale, shift), both [C] in float32, that a batch normalisation applies in eval mode."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return scale_and_shift(norm, norm.running_mean, norm.running_var)
+
+
+def scale_and_shift(norm: torch.nn.BatchNorm2d, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """The (scale, shift) of a batch normalisation with other statistics; mean, var [..., C] give [..., C], float32."""
+    scale = norm.weight.detach().float() * torch.rsqrt(var.float() + norm.eps)
+    return scale, norm.bias.detach().float() - mean.float() * scale
+
+
+def folded_pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor, *, relu6: bool, residual: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """1x1 convolution: x [N, in, H, W], weight [out, in], bias [out] -> [N, out, H, W].
+
+    `relu6` clamps the result to 0..6, `residual` [N, out, H, W] is added to it; not both.
+    """
+    assert not (relu6 and residual is not None), "a block has no activation after its shortcut"
+    return _backend(backend, x).folded_pointwise(x, weight, bias, relu6=relu6, residual=residual)
+
+
+def folded_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, relu6: bool, backend: str | None = None
+) -> Tensor:
+    """Depthwise convolution: x [N, C, H, W], weight [C, 1, k, k], bias [C] -> [N, C, ceil(H / stride), ...]."""
+    return _backend(backend, x).folded_depthwise(x, weight, bias, stride=stride, relu6=relu6)
+
+
+def segmented_pointwise(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    relu6: bool,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """1x1 convolution, then scale and shift of each segment: x [S * n, in, H, W], scale, shift [S, out], float32."""
+    assert not (relu6 and residual is not None), "a block has no activation after its shortcut"
+    return _backend(backend, x).segmented_pointwise(x, weight, scale, shift, relu6=relu6, residual=residual)
+
+
+def segmented_depthwise(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, stride: int, relu6: bool, backend: str | None = None
+) -> Tensor:
+    """Depthwise convolution, then scale and shift of each segment: x [S * n, C, H, W], scale, shift [S, C]."""
+    return _backend(backend, x).segmented_depthwise(x, weight, scale, shift, stride=stride, relu6=relu6)
+
+
+def segment_statistics(y: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+    """Batch statistics of each segment: y [S * n, C, H, W] -> mean and biased variance, both [S, C] in float32."""
+    rows = y.permute(0, 2, 3, 1).reshape(segments, -1, y.shape[1]).float()
+    var, mean = torch.var_mean(rows, dim=1, correction=0)
+    return mean, var
+
+
+def segment_affine(y: Tensor, scale: Tensor, shift: Tensor, *, relu6: bool, residual: Tensor | None = None) -> Tensor:
+    """Scale and shift of each segment: y [S * n, C, H, W] with scale, shift [S, C]; float32 arithmetic, y's dtype."""
+    segments = y.unflatten(0, (scale.shape[0], -1))
+    spread = (slice(None), None, slice(None), None, None)
+    y = torch.addcmul(shift[spread], segments, scale[spread]).to(y.dtype).flatten(0, 1)
+    if residual is not None:
+        y = y + residual
+    return y.clamp_(0, 6) if relu6 else y
+
+
+class Reference:
+    """The specification, in plain torch, on any device."""
+
+    @staticmethod
+    def folded_pointwise(
+        x: Tensor, weight: Tensor, bias: Tensor, *, relu6: bool, residual: Tensor | None = None
+    ) -> Tensor:
+        y = F.conv2d(x, weight[:, :, None, None], bias)
+        if residual is not None:
+            y = y + residual
+        return y.clamp(0, 6) if relu6 else y
+
+    @staticmethod
+    def folded_depthwise(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, relu6: bool) -> Tensor:
+        y = F.conv2d(x, weight, bias, stride=stride, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        return y.clamp(0, 6) if relu6 else y
+
+    @staticmethod
+    def segmented_pointwise(
+        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, relu6: bool, residual: Tensor | None = None
+    ) -> Tensor:
+        y = F.conv2d(x, weight[:, :, None, None])
+        return segment_affine(y, scale, shift, relu6=relu6, residual=residual)
+
+    @staticmethod
+    def segmented_depthwise(
+        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, stride: int, relu6: bool
+    ) -> Tensor:
+        y = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        return segment_affine(y, scale, shift, relu6=relu6)
+
+
+class OneDNN:
+    """CPU: convolution, bias and ReLU6 or shortcut as one oneDNN primitive.
+
+    A segment's scale goes into its own copy of the weights. Scaling them costs in * out multiplications against
+    n * H * W times as many in the convolution, while a pass over the output would cost memory traffic.
+    """
+
+    @staticmethod
+    def folded_pointwise(
+        x: Tensor, weight: Tensor, bias: Tensor, *, relu6: bool, residual: Tensor | None = None
+    ) -> Tensor:
+        w = weight[:, :, None, None]
+        if residual is None:
+            tail = RELU6 if relu6 else IDENTITY
+            return torch.ops.mkldnn._convolution_pointwise(x, w, bias, [0, 0], [1, 1], [1, 1], 1, *tail)
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, w, bias, [0, 0], [1, 1], [1, 1], 1, "add", 1.0, None, [], None
+        )
+
+    @staticmethod
+    def folded_depthwise(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, relu6: bool) -> Tensor:
+        margin = [weight.shape[-1] // 2] * 2
+        tail = RELU6 if relu6 else IDENTITY
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, margin, [stride, stride], [1, 1], weight.shape[0], *tail
+        )
+
+    @staticmethod
+    def segmented_pointwise(
+        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, relu6: bool, residual: Tensor | None = None
+    ) -> Tensor:
+        residuals = [None] * len(scale) if residual is None else residual.chunk(len(scale))
+        return _cat(
+            [
+                OneDNN.folded_pointwise(
+                    part, (weight * s[:, None]).to(x.dtype), b.to(x.dtype), relu6=relu6, residual=shortcut
+                )
+                for part, s, b, shortcut in zip(x.chunk(len(scale)), scale, shift, residuals, strict=True)
+            ]
+        )
+
+    @staticmethod
+    def segmented_depthwise(
+        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, stride: int, relu6: bool
+    ) -> Tensor:
+        return _cat(
+            [
+                OneDNN.folded_depthwise(
+                    part, (weight * s[:, None, None, None]).to(x.dtype), b.to(x.dtype), stride=stride, relu6=relu6
+                )
+                for part, s, b in zip(x.chunk(len(scale)), scale, shift, strict=True)
+            ]
+        )
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _backend(name: str | None, x: Tensor) -> Any:
+    """The backend of that name, or the fastest one for the tensor's device. `RuntimeError` when it cannot run."""
+    if name is None:
+        name = "onednn" if x.device.type == "cpu" and torch.backends.mkldnn.is_available() else "reference"
+    if name == "reference":
+        return Reference
+    if name == "onednn":
+        if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            raise RuntimeError(f"backend onednn runs on CPU tensors where torch has oneDNN; this one is on {x.device}")
+        return OneDNN
+    raise RuntimeError(f"inference backend {name!r} is unknown; allowed are reference, onednn")
