@@ -80,7 +80,7 @@ def test_a_generation_is_a_third_crossover_a_third_mutation_and_random_rest():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.randoms(use_true_random=False))
+@given(st.integers(0, 10**9).map(random.Random))
 def test_small_shrunk_spaces_are_searched_until_nothing_is_left(rng):
     space = random_space(rng, max_architectures=200)
     archs = all_archs(space)
@@ -98,7 +98,7 @@ def test_small_shrunk_spaces_are_searched_until_nothing_is_left(rng):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.randoms(use_true_random=False), st.integers(0, 5))
+@given(st.integers(0, 10**9).map(random.Random), st.integers(0, 5))
 def test_a_continued_search_ends_like_an_uninterrupted_one(rng, killed_after):
     space = random_space(rng)
     constraints = constraints_of(space)

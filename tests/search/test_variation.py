@@ -10,7 +10,7 @@ from tests.search.spaces import random_space
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.randoms(use_true_random=False))
+@given(st.integers(0, 10**9).map(random.Random))
 def test_children_stay_inside_shrunk_spaces(rng):
     space = random_space(rng)
     parents = [uniform_arch(space, rng) for _ in range(2)]
