@@ -1,0 +1,72 @@
+"""A run whose supernet is trained: its weights, its data and the evaluator that searches score with."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from engine.checkpoint import latest_checkpoint, load_checkpoint
+from engine.config import RunConfig
+from engine.data import Dataset, open_dataset
+from engine.distributed import Process, on_main
+from engine.errors import UserError
+from engine.evaluate import BatchNormMode, Evaluator
+from engine.evaluation_set import EvaluationSet, evaluation_set
+from engine.optimization import default_precision
+from engine.rundir import RunDir
+from engine.supernet import Supernet
+from engine.trainer import COMPUTE_DTYPES, recalibration_set
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """The newest weights of a run, with its space as shrunk so far.
+
+    Every rank opens the run by itself; what would write files is done by the main process first.
+    """
+
+    run: RunDir
+    config: RunConfig
+    process: Process
+    supernet: Supernet
+    """On the process's device, in evaluation mode."""
+
+    @classmethod
+    def open(cls, path: Path | str, process: Process) -> "TrainedRun":
+        """Raises `UserError` when there is no run, or no checkpoint in it, or its data is not there."""
+        run = RunDir.open(path)
+        config = run.config()
+        checkpoint = latest_checkpoint(run.checkpoints)
+        if checkpoint is None:
+            raise UserError(f"{run.path} holds no checkpoint yet; train it first with engine/train.py --run {path}")
+        space, _, state = load_checkpoint(checkpoint, config.space)
+        supernet = Supernet(space, config.sharing)
+        supernet.load_state_dict(state["supernet"])
+        return cls(run, config, process, supernet.to(process.device).eval())
+
+    @cached_property
+    def data(self) -> Dataset:
+        return on_main(self.process, lambda: open_dataset(self.config.data, self.run.split_file))
+
+    @cached_property
+    def search_val(self) -> EvaluationSet:
+        """The search-validation images, decoded."""
+        return evaluation_set(self.data.search_val, self.config.data)
+
+    def evaluator(self, bn: BatchNormMode | None = None) -> Evaluator:
+        """Scores subnets on the search-validation set; results are kept in the run directory.
+
+        `bn` is the run's own mode unless given.
+        """
+        bn = bn or self.config.shrink.bn
+        precision = self.config.precision or default_precision(self.process)
+        return Evaluator(
+            self.supernet,
+            self.search_val,
+            bn=bn,
+            recalibration=recalibration_set(self.config, self.data) if bn == "recalibrate" else None,
+            device=self.process.device,
+            dtype=COMPUTE_DTYPES[precision],
+            memory_budget_mib=self.config.evaluation.memory_mib,
+            store=self.run.evaluations,
+            progress=self.process.is_main,
+        )

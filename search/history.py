@@ -1,0 +1,105 @@
+"""What a search writes into its run directory, and how it goes on from there.
+
+search/NAME.json   all generations of one search, what it was asked for, and what its scores depend on
+search/best.json   the best architecture of the latest search: what retraining takes
+search/pareto.json the accuracy-MACs front over every search whose scores are comparable with the latest one's
+
+A file is replaced as a whole after each generation, so a killed search loses at most the one that was running, and
+that one's evaluations are in the evaluator's store.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from engine.rundir import read_json, write_json
+from engine.space import Arch, Space
+from search.constraints import Constraints
+from search.evolution import Candidate, EvolutionConfig, Generation, ranked
+from search.pareto import pareto_set
+
+RESERVED = ("best.json", "pareto.json")
+
+
+@dataclass(frozen=True)
+class History:
+    """The stored generations of one search: same request and same scores, same file."""
+
+    directory: Path
+    request: dict[str, Any]
+    """Limits and settings of the evolution, as JSON data."""
+    scored_by: dict[str, str]
+    """What the scores depend on: weights, images, space, batch normalisation."""
+
+    @classmethod
+    def of(
+        cls, directory: Path, space: Space, constraints: Constraints, config: EvolutionConfig, scored_by: dict[str, str]
+    ) -> "History":
+        live = hashlib.sha256(json.dumps(space.to_json(), sort_keys=True).encode()).hexdigest()
+        limits = {limit.cost: str(limit) for limit in constraints.limits}
+        return cls(directory, {"limits": limits, "evolution": asdict(config)}, {**scored_by, "space": live})
+
+    @property
+    def file(self) -> Path:
+        digest = hashlib.sha256(json.dumps([self.request, self.scored_by], sort_keys=True).encode()).hexdigest()
+        limits = re.findall(r"\w[\w.]*", " ".join(self.request["limits"].values()))
+        label = "-".join([*limits, f"seed{self.request['evolution']['seed']}", digest[:8]])
+        return self.directory / f"{label}.json"
+
+    def load(self) -> list[Generation]:
+        """The generations stored so far. Raises `UserError` for a damaged file."""
+        return _generations(read_json(self.file), self.file) if self.file.is_file() else []
+
+    def save(self, generations: Sequence[Generation]) -> None:
+        """Store all generations, the best of them, and the front over all comparable searches."""
+        best = _to_json(ranked(generations)[0])
+        state = {
+            "request": self.request,
+            "scored_by": self.scored_by,
+            "best": best,
+            "generations": [[_to_json(candidate) for candidate in generation] for generation in generations],
+        }
+        write_json(self.file, state)
+        write_json(self.directory / "best.json", {**best, "limits": self.request["limits"]})
+        front = accuracy_front([*ranked(generations), *self.comparable()])
+        write_json(self.directory / "pareto.json", [_to_json(candidate) for candidate in front])
+
+    def comparable(self) -> list[Candidate]:
+        """All candidates of the other searches in the directory whose scores come from the same weights and images."""
+        found: list[Candidate] = []
+        for file in sorted(self.directory.glob("*.json")):
+            if file.name in RESERVED or file == self.file:
+                continue
+            state = read_json(file)
+            if isinstance(state, dict) and state.get("scored_by") == self.scored_by:
+                found += [candidate for generation in _generations(state, file) for candidate in generation]
+        return found
+
+
+def accuracy_front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates that no other beats in both top-1 and MACs, by ascending MACs."""
+    return pareto_set(candidates, cost=lambda c: c.costs["macs"], value=lambda c: c.top1)
+
+
+def _to_json(candidate: Candidate) -> dict[str, Any]:
+    scores = {"top1": candidate.top1, "top5": candidate.top5, "loss": candidate.loss}
+    return {"arch": str(candidate.arch), **candidate.costs, **scores}
+
+
+def _generations(state: Any, file: Path) -> list[Generation]:
+    try:
+        return [[_candidate(dict(row)) for row in generation] for generation in state["generations"]]
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{file} holds no search of this program ({error}); remove it, the evaluations themselves are kept"
+        ) from None
+
+
+def _candidate(row: dict[str, Any]) -> Candidate:
+    arch, top1, top5, loss = (row.pop(name) for name in ("arch", "top1", "top5", "loss"))
+    return Candidate(Arch.parse(arch), row, top1, top5, loss)

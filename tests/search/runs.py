@@ -1,0 +1,41 @@
+"""A run directory with a small untrained supernet, for tests of what comes after training."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import Progress, save_checkpoint
+from engine.config import RunConfig
+from engine.data import DataConfig
+from engine.presets import preset
+from engine.rundir import RunDir
+from engine.space import Cluster, Space
+from engine.supernet import Supernet
+
+
+def small_space() -> Space:
+    """Four blocks at 16x16; 5184 architectures of 19 to 61 thousand MACs."""
+    return Space(
+        resolution=16,
+        classes=10,
+        stem_channels=4,
+        separable_channels=4,
+        tail_channels=16,
+        clusters=(
+            Cluster(blocks=2, kernels=(3, 5), expansions=(2, 3), channels=(4, 6, 8), stride=2),
+            Cluster(blocks=2, kernels=(3, 5, 7), expansions=(2, 3), channels=(8, 12, 16), stride=2),
+        ),
+    )
+
+
+def untrained_run(path: Path) -> RunDir:
+    """A digits run that has one checkpoint of random weights, as if it had been trained."""
+    space = small_space()
+    config: RunConfig = replace(preset("digits"), space=space, data=DataConfig(source="digits", resolution=16))
+    run = RunDir.create(path, config)
+    torch.manual_seed(0)
+    supernet = Supernet(space, config.sharing)
+    state = {"supernet": supernet.state_dict()}
+    save_checkpoint(run.checkpoints, space, Progress(epoch=1), state, keep={1})
+    return run
