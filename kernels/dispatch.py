@@ -84,11 +84,16 @@ def inverted_residual(
     `training` each norm uses the batch's statistics and updates its running ones exactly as torch.nn.BatchNorm2d does,
     else it uses the running ones; `bn.training` is not looked at.
 
+    Without an expansion but with a first norm, x is a raw convolution output (the stem's): norm and ReLU6 come first, in
+    the depthwise convolution's own loads, and there is no shortcut.
+
     Raises ValueError when the shape is no slice of the weights, RuntimeError when a forced backend cannot run.
     """
     check_slice(weights, shape, x.shape[1])
-    chosen = choose_backend(x, backend)
-    assert chosen == "reference"
+    if choose_backend(x, backend) == "triton":
+        from kernels import triton_block
+
+        return triton_block.inverted_residual(x, weights, norms, shape, training=training)
     return reference.inverted_residual(x, weights, norms, shape, training=training)
 
 
@@ -110,6 +115,8 @@ def pointwise_bn_relu6(
             f"in_channels {in_channels} with x {tuple(x.shape)} and weight {tuple(weight.shape)}; x must have exactly "
             "that many channels and the weight at least that many inputs"
         )
-    chosen = choose_backend(x, backend)
-    assert chosen == "reference"
+    if choose_backend(x, backend) == "triton":
+        from kernels import triton_block
+
+        return triton_block.pointwise_bn_relu6(x, weight, bn, training=training)
     return reference.pointwise_bn_relu6(x, weight, bn, in_channels=in_channels, training=training)

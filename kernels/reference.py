@@ -56,14 +56,14 @@ def inverted_residual(
 ) -> Tensor:
     """See `kernels.inverted_residual`."""
     x = x.to(compute_dtype(x))
-    hidden = x
-    if weights.expand is not None:
-        assert norms[0] is not None, "an expansion has a normalisation"
-        hidden = F.relu6(batch_norm(pointwise(x, weights.expand, shape.hidden), norms[0], training))
+    hidden = x if weights.expand is None else pointwise(x, weights.expand, shape.hidden)
+    if norms[0] is not None:
+        hidden = F.relu6(batch_norm(hidden, norms[0], training))
     hidden = depthwise(hidden, weights.depthwise, shape.kernel, shape.stride)
     hidden = F.relu6(batch_norm(hidden, norms[1], training))
     out = batch_norm(pointwise(hidden, weights.project, shape.out_channels), norms[2], training)
-    return x + out if shape.residual else out
+    raw_input = weights.expand is None and norms[0] is not None
+    return x + out if shape.residual and not raw_input else out
 
 
 def pointwise_bn_relu6(

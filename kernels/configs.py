@@ -1,0 +1,172 @@
+"""Tile sizes of the Triton kernels: a rule that fits any GPU, and a table of measured exceptions per GPU.
+
+`configs/<gpu>.json` maps an operation to {shape class: configuration} and is written by benchmarks/tune_kernels.py. An
+unknown GPU, or a class that is not in its table, takes the rule: nothing is ever tuned while a user waits.
+"""
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from kernels.triton_support import cdiv, next_power_of_2
+
+DIRECTORY = Path(__file__).parent / "configs"
+
+
+class PointwiseConfig(NamedTuple):
+    """Tiles of a matrix product over pixels; what n and k stand for is said at each kernel's rule."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    waves: int
+    """Programs per multiprocessor that the rows are split into."""
+
+
+class DepthwiseConfig(NamedTuple):
+    """`strips` strips of `columns` columns, `channels` channels of each, to a program."""
+
+    columns: int
+    strips: int
+    channels: int
+    warps: int
+
+
+Config = TypeVar("Config", PointwiseConfig, DepthwiseConfig)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; the interpreter is given one, so that its grids stay small."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@lru_cache
+def _table(device: torch.device) -> dict[str, dict[str, list[int]]]:
+    if device.type != "cuda":
+        return {}
+    path = DIRECTORY / f"{gpu_name(device)}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def gpu_name(device: torch.device) -> str:
+    """For file names: "NVIDIA H100 80GB HBM3" -> "nvidia-h100"; memory size and form do not choose tiles."""
+    words = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).split("-")
+    return "-".join(words[:2])
+
+
+def _measured(operation: str, shape_class: str, device: torch.device, kind: type[Config]) -> Config | None:
+    values = _table(device).get(operation, {}).get(shape_class)
+    return None if values is None else kind(*values)
+
+
+def pointwise_class(x: Tensor, inner: int, outer: int) -> str:
+    """Rows to the next power of 4, widths to the next multiple of 32: shapes that one configuration serves."""
+    rows = next_power_of_2(x.numel() // x.shape[-1])
+    rows = rows if rows.bit_length() % 2 else rows * 2
+    return f"{str(x.dtype).removeprefix('torch.')} m{rows} k{cdiv(inner, 32) * 32} n{cdiv(outer, 32) * 32}"
+
+
+def depthwise_class(x: Tensor, kernel: int, stride: int) -> str:
+    """Kernel, stride and the map's width; images and channels only set the number of programs."""
+    return f"{str(x.dtype).removeprefix('torch.')} k{kernel} s{stride} w{x.shape[2]}"
+
+
+@lru_cache(maxsize=4096)
+def _pointwise_rule(operation: str, small: bool, wide_type: bool, inner: int, outer: int) -> PointwiseConfig | None:
+    """The default tiles. `small`: too few rows to fill a GPU with tall tiles; `wide_type`: 4-byte elements."""
+    if operation == "pointwise_forward":  # n: outputs, k: inputs
+        block_n = min(max(next_power_of_2(outer), 16), 128)
+        block_k = min(max(next_power_of_2(inner), 16), 32 if wide_type else 64)
+        return PointwiseConfig(64 if small or wide_type else 128, block_n, block_k, 4, 3, 4)
+    if operation == "project_backward":  # n: hidden, k: outputs (tiles of it)
+        block_n = 32 if wide_type else 64
+        return PointwiseConfig(64, block_n, min(max(next_power_of_2(outer), 16), 64), 4, 2, 4)
+    if operation == "expand_backward":  # n: inputs, k: hidden (tiles of it)
+        block_n, block_k = max(next_power_of_2(outer), 16), 64
+        sums = cdiv(inner, block_k) * block_k * block_n
+        if sums > (8192 if wide_type else 24576):
+            return None
+        return PointwiseConfig(64, block_n, block_k, 4 if sums <= 8192 else 8, 2, 2)
+    if operation == "input_gradient":  # n: inputs, k: hidden
+        block_n = min(max(next_power_of_2(outer), 16), 64 if wide_type else 128)
+        return PointwiseConfig(64, block_n, 32 if wide_type else 64, 4, 3, 1)
+    assert operation == "weight_gradient", operation  # n: hidden, k: inputs (tiles of it)
+    block_n = 32 if wide_type else 64
+    return PointwiseConfig(64, block_n, min(max(next_power_of_2(outer), 16), 64), 4, 3, 2)
+
+
+def _pointwise(operation: str, x: Tensor, inner: int, outer: int) -> PointwiseConfig | None:
+    measured = _measured(operation, pointwise_class(x, inner, outer), x.device, PointwiseConfig)
+    rows = x.numel() // x.shape[-1]
+    small = rows < 256 * multiprocessors(x.device)
+    return measured or _pointwise_rule(operation, small, x.element_size() == 4, inner, outer)
+
+
+def pointwise_config(x: Tensor, inner: int, outer: int) -> PointwiseConfig:
+    config = _pointwise("pointwise_forward", x, inner, outer)
+    assert config is not None
+    return config
+
+
+def project_backward_config(y2: Tensor, hidden: int, out: int) -> PointwiseConfig:
+    config = _pointwise("project_backward", y2, hidden, out)
+    assert config is not None
+    return config
+
+
+def expand_backward_config(y: Tensor, hidden: int, inputs: int) -> PointwiseConfig | None:
+    """None where the sums of the weight gradient do not fit in registers: then two kernels do it."""
+    return _pointwise("expand_backward", y, hidden, inputs)
+
+
+def input_gradient_config(y: Tensor, hidden: int, inputs: int) -> PointwiseConfig:
+    config = _pointwise("input_gradient", y, hidden, inputs)
+    assert config is not None
+    return config
+
+
+def weight_gradient_config(y: Tensor, hidden: int, inputs: int) -> PointwiseConfig:
+    config = _pointwise("weight_gradient", y, hidden, inputs)
+    assert config is not None
+    return config
+
+
+def _columns(width: int, choices: tuple[int, ...]) -> int:
+    """The widest strip that divides the map, else the one that wastes least of it."""
+    return min(choices, key=lambda columns: (cdiv(width, columns) * columns, -columns))
+
+
+def depthwise_rule(kernel: int, stride: int, out_width: int) -> DepthwiseConfig:
+    columns = _columns(out_width, (7, 4) if stride == 1 else (7, 4, 2))
+    per_thread = 1 if kernel == 7 else 2
+    return DepthwiseConfig(columns, 128 * per_thread // 16, 16, 4)
+
+
+def depthwise_backward_rule(kernel: int, stride: int, width: int) -> DepthwiseConfig:
+    columns = _columns(width, (7, 4) if stride == 1 and kernel < 7 else (4,))
+    per_thread = 2 if kernel == 3 else 1
+    return DepthwiseConfig(columns, 128 * per_thread // 16, 16, 4)
+
+
+def depthwise_config(x: Tensor, kernel: int, stride: int, out_width: int) -> DepthwiseConfig:
+    measured = _measured("depthwise_forward", depthwise_class(x, kernel, stride), x.device, DepthwiseConfig)
+    return measured or depthwise_rule(kernel, stride, out_width)
+
+
+def depthwise_backward_config(x: Tensor, kernel: int, stride: int) -> DepthwiseConfig:
+    measured = _measured("depthwise_backward", depthwise_class(x, kernel, stride), x.device, DepthwiseConfig)
+    return measured or depthwise_backward_rule(kernel, stride, x.shape[2])
+
+
+def elementwise_config(channels: int) -> tuple[int, int, int]:
+    """(rows, channels, warps) of a program of the element-wise kernels: 4096 elements, 16 bytes a thread and access."""
+    block_c = min(max(next_power_of_2(channels), 16), 128)
+    return 4096 // block_c, block_c, 4
