@@ -1,6 +1,6 @@
 """Tile sizes of the Triton kernels: a rule that fits any GPU, and a table of measured exceptions per GPU.
 
-`configs/<gpu>.json` maps an operation to {shape class: configuration} and is written by benchmarks/tune_kernels.py. An
+`configs/<gpu>.json` maps an operation to {shape class: configuration}, null for an expansion's backward in two kernels, and is written by benchmarks/tune_kernels.py. An
 unknown GPU, or a class that is not in its table, takes the rule: nothing is ever tuned while a user waits.
 """
 
@@ -8,7 +8,7 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,18 +39,17 @@ class DepthwiseConfig(NamedTuple):
     warps: int
 
 
-Config = TypeVar("Config", PointwiseConfig, DepthwiseConfig)
-
-
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; the interpreter is given one, so that its grids stay small."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Of the GPU. Meta tensors stand for an H100; the interpreter is given one, so that its grids stay small."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 1
 
 
 @lru_cache
-def _table(device: torch.device) -> dict[str, dict[str, list[int]]]:
-    if device.type != "cuda":
+def _table(device: torch.device) -> dict[str, dict[str, list[int] | None]]:
+    if device.type == "cpu":
         return {}
     path = DIRECTORY / f"{gpu_name(device)}.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -58,13 +57,10 @@ def _table(device: torch.device) -> dict[str, dict[str, list[int]]]:
 
 def gpu_name(device: torch.device) -> str:
     """For file names: "NVIDIA H100 80GB HBM3" -> "nvidia-h100"; memory size and form do not choose tiles."""
+    if device.type == "meta":
+        return "nvidia-h100"
     words = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).split("-")
     return "-".join(words[:2])
-
-
-def _measured(operation: str, shape_class: str, device: torch.device, kind: type[Config]) -> Config | None:
-    values = _table(device).get(operation, {}).get(shape_class)
-    return None if values is None else kind(*values)
 
 
 def pointwise_class(x: Tensor, inner: int, outer: int) -> str:
@@ -80,38 +76,41 @@ def depthwise_class(x: Tensor, kernel: int, stride: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _pointwise_rule(operation: str, small: bool, wide_type: bool, inner: int, outer: int) -> PointwiseConfig | None:
-    """The default tiles. `small`: too few rows to fill a GPU with tall tiles; `wide_type`: 4-byte elements."""
+def pointwise_rule(operation: str, small: bool, float32: bool, inner: int, outer: int) -> PointwiseConfig | None:
+    """The default tiles. `small`: too few rows to fill a GPU with tall tiles. None: see `expand_backward_config`."""
+    narrow = max(next_power_of_2(outer), 16)
     if operation == "pointwise_forward":  # n: outputs, k: inputs
-        block_n = min(max(next_power_of_2(outer), 16), 128)
-        block_k = min(max(next_power_of_2(inner), 16), 32 if wide_type else 64)
-        return PointwiseConfig(64 if small or wide_type else 128, block_n, block_k, 4, 3, 4)
+        block_k = min(max(next_power_of_2(inner), 16), 32 if float32 else 64)
+        return PointwiseConfig(64 if small or float32 else 128, min(narrow, 64), block_k, 4, 3, 4)
+    if operation == "pointwise_forward_prologue":
+        block_n = min(narrow, 128 if float32 else 256)
+        return PointwiseConfig(64, block_n, 32 if float32 else 64, 4 if block_n <= 64 else 8, 3, 4)
     if operation == "project_backward":  # n: hidden, k: outputs (tiles of it)
-        block_n = 32 if wide_type else 64
-        return PointwiseConfig(64, block_n, min(max(next_power_of_2(outer), 16), 64), 4, 2, 4)
+        return PointwiseConfig(64, 32 if float32 else 64, min(narrow, 64), 4 if outer <= 40 else 8, 2, 4)
     if operation == "expand_backward":  # n: inputs, k: hidden (tiles of it)
-        block_n, block_k = max(next_power_of_2(outer), 16), 64
-        sums = cdiv(inner, block_k) * block_k * block_n
-        if sums > (8192 if wide_type else 24576):
+        sums = cdiv(inner, 64) * 64 * narrow
+        if sums > (8192 if float32 else 24576):
             return None
-        return PointwiseConfig(64, block_n, block_k, 4 if sums <= 8192 else 8, 2, 2)
+        return PointwiseConfig(64, narrow, 64, 4 if sums <= 8192 else 8, 2, 2)
     if operation == "input_gradient":  # n: inputs, k: hidden
-        block_n = min(max(next_power_of_2(outer), 16), 64 if wide_type else 128)
-        return PointwiseConfig(64, block_n, 32 if wide_type else 64, 4, 3, 1)
+        block_n = min(narrow, 64 if float32 else 256)
+        return PointwiseConfig(64, block_n, 32, 4 if block_n <= 64 else 8, 3, 1)
     assert operation == "weight_gradient", operation  # n: hidden, k: inputs (tiles of it)
-    block_n = 32 if wide_type else 64
-    return PointwiseConfig(64, block_n, min(max(next_power_of_2(outer), 16), 64), 4, 3, 2)
+    return PointwiseConfig(64, 32 if float32 else 64, min(narrow, 64), 4 if outer <= 64 else 8, 2, 2)
 
 
 def _pointwise(operation: str, x: Tensor, inner: int, outer: int) -> PointwiseConfig | None:
-    measured = _measured(operation, pointwise_class(x, inner, outer), x.device, PointwiseConfig)
+    table = _table(x.device).get(operation, {})
+    shape_class = pointwise_class(x, inner, outer)
+    if shape_class in table:
+        values = table[shape_class]
+        return None if values is None else PointwiseConfig(*values)
     rows = x.numel() // x.shape[-1]
-    small = rows < 256 * multiprocessors(x.device)
-    return measured or _pointwise_rule(operation, small, x.element_size() == 4, inner, outer)
+    return pointwise_rule(operation, rows < 256 * multiprocessors(x.device), x.element_size() == 4, inner, outer)
 
 
-def pointwise_config(x: Tensor, inner: int, outer: int) -> PointwiseConfig:
-    config = _pointwise("pointwise_forward", x, inner, outer)
+def pointwise_config(x: Tensor, inner: int, outer: int, prologue: bool) -> PointwiseConfig:
+    config = _pointwise("pointwise_forward_prologue" if prologue else "pointwise_forward", x, inner, outer)
     assert config is not None
     return config
 
@@ -123,7 +122,7 @@ def project_backward_config(y2: Tensor, hidden: int, out: int) -> PointwiseConfi
 
 
 def expand_backward_config(y: Tensor, hidden: int, inputs: int) -> PointwiseConfig | None:
-    """None where the sums of the weight gradient do not fit in registers: then two kernels do it."""
+    """None where the sums of the weight gradient do not fit in registers, or two kernels are faster."""
     return _pointwise("expand_backward", y, hidden, inputs)
 
 
@@ -157,13 +156,13 @@ def depthwise_backward_rule(kernel: int, stride: int, width: int) -> DepthwiseCo
 
 
 def depthwise_config(x: Tensor, kernel: int, stride: int, out_width: int) -> DepthwiseConfig:
-    measured = _measured("depthwise_forward", depthwise_class(x, kernel, stride), x.device, DepthwiseConfig)
-    return measured or depthwise_rule(kernel, stride, out_width)
+    values = _table(x.device).get("depthwise_forward", {}).get(depthwise_class(x, kernel, stride))
+    return depthwise_rule(kernel, stride, out_width) if values is None else DepthwiseConfig(*values)
 
 
 def depthwise_backward_config(x: Tensor, kernel: int, stride: int) -> DepthwiseConfig:
-    measured = _measured("depthwise_backward", depthwise_class(x, kernel, stride), x.device, DepthwiseConfig)
-    return measured or depthwise_backward_rule(kernel, stride, x.shape[2])
+    values = _table(x.device).get("depthwise_backward", {}).get(depthwise_class(x, kernel, stride))
+    return depthwise_backward_rule(kernel, stride, x.shape[2]) if values is None else DepthwiseConfig(*values)
 
 
 def elementwise_config(channels: int) -> tuple[int, int, int]:

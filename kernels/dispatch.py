@@ -27,9 +27,7 @@ def set_backend(name: str | None) -> None:
 
 def _known(name: str) -> str:
     if name not in get_args(Backend):
-        raise ValueError(
-            f"backend {name!r} is unknown; allowed are {', '.join(get_args(Backend))}; or force none"
-        )
+        raise ValueError(f"backend {name!r} is unknown; allowed are {', '.join(get_args(Backend))}; or force none")
     return name
 
 

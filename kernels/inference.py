@@ -11,17 +11,13 @@ pointwise tail as one primitive; `triton` (GPU) comes from `kernels.triton_infer
 channels_last; convolutions keep the size at stride 1 ("same" padding, odd kernels).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Convolution = Callable[..., Tensor]
-
-RELU6 = ("hardtanh", [0.0, 6.0], "")
-IDENTITY: tuple[str, list[Any], str] = ("none", [], "")
+from kernels.onednn_inference import OneDNN
 
 
 def fold_norm(norm: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -53,6 +49,19 @@ def folded_depthwise(
 ) -> Tensor:
     """Depthwise convolution: x [N, C, H, W], weight [C, 1, k, k], bias [C] -> [N, C, ceil(H / stride), ...]."""
     return _backend(backend, x).folded_depthwise(x, weight, bias, stride=stride, relu6=relu6)
+
+
+def packed_pointwise(weight: Tensor, size: int) -> Tensor:
+    """A weight [out, in] of `folded_pointwise` in the layout that runs fastest where the weight is.
+
+    `size` is the height and width of the inputs to come. The result is only good for `folded_pointwise`.
+    """
+    return OneDNN.packed_pointwise(weight, size) if _onednn_runs(weight) else weight
+
+
+def packed_depthwise(weight: Tensor, size: int, stride: int) -> Tensor:
+    """A weight [C, 1, k, k] of `folded_depthwise` in the layout that runs fastest where the weight is."""
+    return OneDNN.packed_depthwise(weight, size, stride) if _onednn_runs(weight) else weight
 
 
 def segmented_pointwise(
@@ -126,73 +135,18 @@ class Reference:
         return segment_affine(y, scale, shift, relu6=relu6)
 
 
-class OneDNN:
-    """CPU: convolution, bias and ReLU6 or shortcut as one oneDNN primitive.
-
-    A segment's scale goes into its own copy of the weights. Scaling them costs in * out multiplications against
-    n * H * W times as many in the convolution, while a pass over the output would cost memory traffic.
-    """
-
-    @staticmethod
-    def folded_pointwise(
-        x: Tensor, weight: Tensor, bias: Tensor, *, relu6: bool, residual: Tensor | None = None
-    ) -> Tensor:
-        w = weight[:, :, None, None]
-        if residual is None:
-            tail = RELU6 if relu6 else IDENTITY
-            return torch.ops.mkldnn._convolution_pointwise(x, w, bias, [0, 0], [1, 1], [1, 1], 1, *tail)
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, w, bias, [0, 0], [1, 1], [1, 1], 1, "add", 1.0, None, [], None
-        )
-
-    @staticmethod
-    def folded_depthwise(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, relu6: bool) -> Tensor:
-        margin = [weight.shape[-1] // 2] * 2
-        tail = RELU6 if relu6 else IDENTITY
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, margin, [stride, stride], [1, 1], weight.shape[0], *tail
-        )
-
-    @staticmethod
-    def segmented_pointwise(
-        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, relu6: bool, residual: Tensor | None = None
-    ) -> Tensor:
-        residuals = [None] * len(scale) if residual is None else residual.chunk(len(scale))
-        return _cat(
-            [
-                OneDNN.folded_pointwise(
-                    part, (weight * s[:, None]).to(x.dtype), b.to(x.dtype), relu6=relu6, residual=shortcut
-                )
-                for part, s, b, shortcut in zip(x.chunk(len(scale)), scale, shift, residuals, strict=True)
-            ]
-        )
-
-    @staticmethod
-    def segmented_depthwise(
-        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, stride: int, relu6: bool
-    ) -> Tensor:
-        return _cat(
-            [
-                OneDNN.folded_depthwise(
-                    part, (weight * s[:, None, None, None]).to(x.dtype), b.to(x.dtype), stride=stride, relu6=relu6
-                )
-                for part, s, b in zip(x.chunk(len(scale)), scale, shift, strict=True)
-            ]
-        )
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _backend(name: str | None, x: Tensor) -> Any:
     """The backend of that name, or the fastest one for the tensor's device. `RuntimeError` when it cannot run."""
     if name is None:
-        name = "onednn" if x.device.type == "cpu" and torch.backends.mkldnn.is_available() else "reference"
+        name = "onednn" if _onednn_runs(x) else "reference"
     if name == "reference":
         return Reference
-    if name == "onednn":
-        if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-            raise RuntimeError(f"backend onednn runs on CPU tensors where torch has oneDNN; this one is on {x.device}")
+    if name == "onednn" and _onednn_runs(x):
         return OneDNN
+    if name == "onednn":
+        raise RuntimeError(f"backend onednn runs on CPU tensors where torch has oneDNN; this one is on {x.device}")
     raise RuntimeError(f"inference backend {name!r} is unknown; allowed are reference, onednn")
+
+
+def _onednn_runs(x: Tensor) -> bool:
+    return x.device.type == "cpu" and torch.backends.mkldnn.is_available()

@@ -66,9 +66,7 @@ def inverted_residual(
     return x + out if shape.residual and not raw_input else out
 
 
-def pointwise_bn_relu6(
-    x: Tensor, weight: Tensor, bn: nn.BatchNorm2d, *, in_channels: int, training: bool
-) -> Tensor:
+def pointwise_bn_relu6(x: Tensor, weight: Tensor, bn: nn.BatchNorm2d, *, in_channels: int, training: bool) -> Tensor:
     """See `kernels.pointwise_bn_relu6`."""
     x = x[:, :in_channels].to(compute_dtype(x))
     return F.relu6(batch_norm(pointwise(x, weight, weight.shape[0]), bn, training))

@@ -93,9 +93,7 @@ def block_forward(
         stats1 = norm(0, statistics(matrix(x)) if training else None, _rows(x))
     height, width = output_size(x.shape[2], shape.stride), output_size(x.shape[3], shape.stride)
     y2 = _empty(x, shape.hidden, height, width)
-    partials = depthwise_forward(
-        _nhwc(y1), taps, _nhwc(y2), stats1, shape.kernel, shape.stride, statistics=training
-    )
+    partials = depthwise_forward(_nhwc(y1), taps, _nhwc(y2), stats1, shape.kernel, shape.stride, statistics=training)
     stats2 = norm(1, partials, _rows(y2))
     y3 = _empty(x, shape.out_channels, height, width)
     partials = pointwise_forward(matrix(y2), w3, matrix(y3), stats2, statistics=training)
@@ -137,9 +135,7 @@ def block_backward(
         gradient_sums(matrix(grad), matrix(y3), stats3), stats3, _rows(y3), training
     )
     dz2 = torch.empty_like(y2)
-    partial, w3_partial = project_backward(
-        matrix(grad), matrix(y3), coefficients, w3, matrix(y2), stats2, matrix(dz2)
-    )
+    partial, w3_partial = project_backward(matrix(grad), matrix(y3), coefficients, w3, matrix(y2), stats2, matrix(dz2))
     coefficients, *affine2 = finalize_backward(partial, stats2, _rows(y2), training)
     dz1 = torch.empty_like(y1)
     sums, taps_partial = depthwise_backward(
@@ -161,9 +157,7 @@ def block_backward(
             )  # fmt: skip
     if shortcut is not None and w1 is None:
         dx = dx + shortcut
-    weights = reduce_gradients(
-        w1_partial, taps_partial, w3_partial, BlockWeights(expand, depthwise, project), shape
-    )
+    weights = reduce_gradients(w1_partial, taps_partial, w3_partial, BlockWeights(expand, depthwise, project), shape)
     return [dx, *(w for w in weights if w is not None), *affine1, *affine2, *affine3]
 
 

@@ -93,7 +93,7 @@ def pointwise_forward(
     rows, inner = x.shape
     outer = y.shape[1]
     align = alignment(inner, outer, weight.stride(0))
-    config = config or pointwise_config(x, inner, outer)
+    config = config or pointwise_config(x, inner, outer, stats is not None)
     tiles_n = cdiv(outer, config.block_n)
     per_program, programs = split_rows(
         rows, config.block_m, max(1, config.waves * multiprocessors(x.device) // tiles_n)

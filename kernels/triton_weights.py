@@ -145,9 +145,7 @@ def reduce_gradients(
 
 
 @triton.jit
-def _reduce_one_kernel(
-    partial, out, programs, rows, cols, full_rows, full_cols, BP: tl.constexpr, BE: tl.constexpr
-):
+def _reduce_one_kernel(partial, out, programs, rows, cols, full_rows, full_cols, BP: tl.constexpr, BE: tl.constexpr):
     _reduce_pointwise(partial, out, tl.program_id(0), programs, rows, cols, full_rows, full_cols, BP, BE)
 
 

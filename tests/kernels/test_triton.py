@@ -1,0 +1,433 @@
+"""Every Triton kernel against float64: on a GPU where there is one, else under Triton's interpreter.
+
+The interpreter has to be chosen before Triton is imported, so without a GPU these tests skip unless TRITON_INTERPRET=1;
+test_interpreter.py runs them so, in a process of its own. Outputs are poisoned with NaN before each launch.
+"""
+
+import os
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not GPU and not INTERPRETED:
+    pytest.skip("needs an NVIDIA GPU or TRITON_INTERPRET=1 (test_interpreter.py)", allow_module_level=True)
+
+from kernels import BlockShape, BlockWeights, inverted_residual, pointwise_bn_relu6, reference
+from kernels import triton_batch_norm as batch_norm
+from kernels.configs import DepthwiseConfig, PointwiseConfig
+from kernels.triton_depthwise import depthwise_backward, depthwise_forward, output_size
+from kernels.triton_pointwise import (
+    expand_backward_fused,
+    input_gradient,
+    pointwise_forward,
+    project_backward,
+    weight_gradient,
+)
+from kernels.triton_weights import prepare_weights, reduce_gradients
+from tests.kernels.tolerances import TOLERANCE, WORSE_THAN_EAGER, error
+
+DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty gives NaN: what a kernel does not write shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+def random(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(size).to(device=DEVICE, dtype=dtype)
+
+
+def statistics_of(channels: int) -> Tensor:
+    """A plausible [4, C]: scale, shift, mean, rstd, with activations on both sides of 0 and 6."""
+    stats = torch.randn(4, channels)
+    stats[0] = stats[0].abs() + 1.0
+    stats[1] += 1.5
+    return stats.to(DEVICE)
+
+
+def check(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert out.shape == expected.shape
+    assert error(out, expected) <= TOLERANCE[dtype], error(out, expected)
+
+
+def batch_statistics(partials: tuple[Tensor, Tensor], rows: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance that `finalize` makes of partials, seen through the running statistics at momentum 1."""
+    channels = partials[0].shape[2]
+    mean, var = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
+    batches = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    ones, zeros = torch.ones(channels, device=DEVICE), torch.zeros(channels, device=DEVICE)
+    batch_norm.finalize(partials, (ones, zeros), (mean, var, batches), rows, 1.0, 1e-5)
+    return mean, var * (rows - 1) / rows
+
+
+# ---- pointwise
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(150, 24, 40), (64, 72, 24), (37, 17, 33)])
+@pytest.mark.parametrize("prologue", [False, True])
+def test_pointwise_forward(dtype: torch.dtype, rows: int, inner: int, outer: int, prologue: bool) -> None:
+    x, weight = random(rows, inner, dtype=dtype), random(outer + 8, inner + 8, dtype=dtype)
+    stats = statistics_of(inner) if prologue else None
+    y = torch.empty((rows, outer), dtype=dtype, device=DEVICE)
+    partials = pointwise_forward(x, weight, y, stats, statistics=True, config=PointwiseConfig(32, 32, 32, 4, 2, 2))
+    a = x.double()
+    if stats is not None:
+        a = (a * stats[0].double() + stats[1].double()).clamp(0, 6)
+    expected = a @ weight[:outer, :inner].double().T
+    check(y, expected, dtype)
+    assert partials is not None
+    mean, var = batch_statistics(partials, rows)
+    check(mean, y.double().mean(0), torch.float32)
+    check(var, y.double().var(0, unbiased=False), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("rows", "hidden", "out"), [(150, 72, 24), (70, 48, 40), (37, 33, 17)])
+def test_project_backward(dtype: torch.dtype, rows: int, hidden: int, out: int) -> None:
+    grad, y3, y2 = random(rows, out, dtype=dtype), random(rows, out, dtype=dtype), random(rows, hidden, dtype=dtype)
+    weight, coefficients, stats = random(out + 8, hidden + 8, dtype=dtype), random(3, out), statistics_of(hidden)
+    dz2 = torch.empty((rows, hidden), dtype=dtype, device=DEVICE)
+    partial, w_partial = project_backward(
+        grad, y3, coefficients, weight, y2, stats, dz2, PointwiseConfig(32, 32, 16, 4, 1, 2)
+    )
+    a, b, c = coefficients.double()
+    dy3 = a * grad.double() + b * y3.double() + c
+    u = y2.double() * stats[0].double() + stats[1].double()
+    expected = (dy3 @ weight[:out, :hidden].double()) * ((u > 0) & (u < 6))
+    check(dz2, expected, dtype)
+    check(w_partial.sum(0), dy3.T @ u.clamp(0, 6), dtype)
+    check(partial[:, 0].sum(0), dz2.double().sum(0), torch.float32)
+    check(partial[:, 1].sum(0), (dz2.double() * (y2.double() - stats[2].double())).sum(0), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("rows", "hidden", "inputs"), [(150, 72, 24), (70, 96, 40), (37, 33, 17)])
+@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_expand_backward(dtype: torch.dtype, rows: int, hidden: int, inputs: int, shortcut: bool, fused: bool) -> None:
+    grad, y1, x = (
+        random(rows, hidden, dtype=dtype),
+        random(rows, hidden, dtype=dtype),
+        random(rows, inputs, dtype=dtype),
+    )
+    weight, coefficients, stats = random(hidden + 8, inputs + 8, dtype=dtype), random(3, hidden), statistics_of(hidden)
+    add = random(rows, inputs, dtype=dtype) if shortcut else None
+    dx = torch.empty_like(x)
+    relu6 = not fused  # the two kernels also serve the tail, whose gradient is masked by ReLU6
+    if fused:
+        config = PointwiseConfig(32, 64, 32, 4, 1, 2)
+        w_partial = expand_backward_fused(grad, y1, coefficients, weight, x, dx, add, config)
+    else:
+        config = PointwiseConfig(32, 32, 32, 4, 1, 2)
+        input_gradient(grad, y1, stats, coefficients, weight, dx, shortcut=add, relu6=relu6, config=config)
+        w_partial = weight_gradient(grad, y1, stats, coefficients, x, relu6=relu6, config=config)
+    a, b, c = coefficients.double()
+    u = y1.double() * stats[0].double() + stats[1].double()
+    masked = grad.double() * ((u > 0) & (u < 6)) if relu6 else grad.double()
+    dy1 = a * masked + b * y1.double() + c
+    check(dx, dy1 @ weight[:hidden, :inputs].double() + (0 if add is None else add.double()), dtype)
+    check(w_partial.sum(0), dy1.T @ x.double(), dtype)
+
+
+# ---- depthwise
+
+
+def depthwise_reference(x: Tensor, stats: Tensor | None, taps: Tensor, kernel: int, stride: int) -> Tensor:
+    """All NHWC, float64."""
+    a = x if stats is None else (x * stats[0] + stats[1]).clamp(0, 6)
+    weight = taps.T.reshape(-1, 1, kernel, kernel)
+    a = a.permute(0, 3, 1, 2)
+    out = torch.nn.functional.conv2d(a, weight, stride=stride, padding=kernel // 2, groups=a.shape[1])
+    return out.permute(0, 2, 3, 1)
+
+
+DEPTHWISE = [*product((3, 5, 7), (1, 2), [(7, 7)], [torch.float32]), (5, 1, (6, 9), torch.float32),
+             (7, 2, (9, 6), torch.float32), (3, 2, (5, 8), torch.bfloat16), (5, 1, (4, 14), torch.float16),
+             (3, 1, (1, 1), torch.float32), (7, 2, (2, 3), torch.float32)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "stride", "size", "dtype"), DEPTHWISE)
+@pytest.mark.parametrize("prologue", [False, True])
+def test_depthwise(kernel: int, stride: int, size: tuple[int, int], dtype: torch.dtype, prologue: bool) -> None:
+    images, channels = 3, 20
+    height, width = size
+    out = (images, output_size(height, stride), output_size(width, stride), channels)
+    x, taps = random(images, height, width, channels, dtype=dtype), random(kernel**2, channels)
+    stats = statistics_of(channels) if prologue else None
+    y = torch.empty(out, dtype=dtype, device=DEVICE)
+    columns = 7 if width % 7 == 0 and stride == 1 else 4
+    config = DepthwiseConfig(columns, 4, 32, 4)
+    partials = depthwise_forward(x, taps, y, stats, kernel, stride, statistics=True, config=config)
+    x64 = x.double().requires_grad_()
+    taps64 = taps.double().requires_grad_()
+    stats64 = None if stats is None else stats.double()
+    expected = depthwise_reference(x64, stats64, taps64, kernel, stride)
+    check(y, expected.detach(), dtype)
+    assert partials is not None
+    mean, var = batch_statistics(partials, y.numel() // channels)
+    check(mean, y.double().mean((0, 1, 2)), torch.float32)
+    if y.numel() // channels > 3:
+        check(var, y.double().var((0, 1, 2), unbiased=False), torch.float32)
+
+    grad, coefficients, dx = random(*out, dtype=dtype), random(3, channels), torch.empty_like(x)
+    partial, w_partial = depthwise_backward(
+        grad, y, coefficients, x, stats, taps, dx, kernel, stride, config._replace(columns=4)
+    )
+    a, b, c = coefficients.double()
+    expected.backward(a * grad.double() + b * y.double() + c)
+    assert x64.grad is not None
+    assert taps64.grad is not None
+    expected_dx = x64.grad if stats64 is None else x64.grad / stats64[0]
+    check(dx, expected_dx, dtype)
+    check(w_partial.sum(0), taps64.grad, torch.float32)
+    if stats64 is not None:
+        assert partial is not None
+        dx64 = dx.double()
+        check(partial[:, 0].sum(0), dx64.sum((0, 1, 2)), torch.float32)
+        check(partial[:, 1].sum(0), (dx64 * (x.double() - stats64[2])).sum((0, 1, 2)), torch.float32)
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize("ratio", [1.0, 300.0])
+def test_statistics_of_a_large_mean(ratio: float) -> None:
+    """A mean of 300 spreads: sums of squares in float32 would keep two digits of the variance."""
+    y = random(333, 24) + ratio
+    mean, var = batch_statistics(batch_norm.statistics(y), 333)
+    check(mean, y.double().mean(0), torch.float32)
+    check(var, y.double().var(0, unbiased=False), torch.float32)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_follow_batch_norm(momentum: float | None) -> None:
+    ours, theirs = (nn.BatchNorm2d(24, momentum=momentum).to(DEVICE) for _ in range(2))
+    for _ in range(3):
+        x = random(4, 24, 5, 5) * 3 + 2
+        y = x.permute(0, 2, 3, 1).reshape(-1, 24).contiguous()
+        running = (ours.running_mean, ours.running_var, ours.num_batches_tracked)
+        stats = batch_norm.finalize(
+            batch_norm.statistics(y), (ours.weight, ours.bias), running, y.shape[0], momentum, ours.eps
+        )
+        z = torch.empty_like(y)
+        batch_norm.apply(y, stats, z)
+        check(z, theirs(x).permute(0, 2, 3, 1).reshape(-1, 24).detach(), torch.float32)
+    check(ours.running_mean, theirs.running_mean, torch.float32)
+    check(ours.running_var, theirs.running_var, torch.float32)
+    assert int(ours.num_batches_tracked) == int(theirs.num_batches_tracked) == 3
+
+
+def test_nan_stays_nan() -> None:
+    x = random(40, 16)
+    x[3, 5] = float("nan")
+    z = torch.empty_like(x)
+    batch_norm.apply(x, statistics_of(16), z, relu6=True)
+    assert z.isnan().sum() == 1
+
+
+# ---- weights
+
+
+def test_weights_are_slices_and_centre_crops() -> None:
+    weights = BlockWeights(random(56, 24), random(56, 1, 7, 7), random(40, 56))
+    shape = BlockShape(16, 48, 32, 5, 1)
+    expand, taps, project = prepare_weights(weights, shape, torch.bfloat16)
+    assert expand is not None
+    assert torch.equal(expand, weights.expand[:48, :16].bfloat16())
+    assert torch.equal(project, weights.project[:32, :48].bfloat16())
+    assert torch.equal(taps, weights.depthwise[:48, 0, 1:6, 1:6].reshape(48, 25).T)
+
+    partials = random(5, 48, 16), random(3, 25, 48), random(4, 32, 48)
+    full = reduce_gradients(*partials, weights, shape)
+    expected = [torch.zeros_like(w, dtype=torch.float64) for w in weights]
+    expected[0][:48, :16] = partials[0].double().sum(0)
+    expected[1][:48, 0, 1:6, 1:6] = partials[1].double().sum(0).T.reshape(48, 5, 5)
+    expected[2][:32, :48] = partials[2].double().sum(0)
+    for out, want in zip(full, expected, strict=True):
+        check(out, want, torch.float32)
+        assert torch.equal(out == 0, want == 0)
+
+
+# ---- the block and the tail
+
+
+def norms(shape: BlockShape, dtype: torch.dtype) -> tuple[nn.BatchNorm2d, ...]:
+    made = []
+    generator = torch.Generator().manual_seed(1)
+    for channels in (shape.hidden, shape.hidden, shape.out_channels):
+        bn = nn.BatchNorm2d(channels)
+        with torch.no_grad():
+            bn.weight.copy_(1 + 0.3 * torch.randn(channels, generator=generator))
+            bn.bias.copy_(1 + torch.randn(channels, generator=generator))
+            bn.running_mean.copy_(torch.randn(channels, generator=generator))
+            bn.running_var.copy_(1 + torch.rand(channels, generator=generator))
+        made.append(bn.to(DEVICE, dtype))
+    return tuple(made)
+
+
+def run_block(
+    backend: str, x: Tensor, weights: list[Tensor | None], shape: BlockShape, grad: Tensor, training: bool,
+    dtype: torch.dtype, first_norm: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    leaves = BlockWeights(*(None if w is None else w.to(dtype).requires_grad_() for w in weights))
+    bns = norms(shape, dtype)
+    x = x.detach().clone(memory_format=torch.channels_last).requires_grad_()
+    taken = bns if first_norm else (None, *bns[1:])
+    z = inverted_residual(x, leaves, taken, shape, training=training, backend=backend)  # type: ignore[arg-type]
+    z.backward(grad.to(z.dtype))
+    found = {"z": z.detach(), "dx": x.grad} | {
+        f"d_{name}": w.grad for name, w in leaves._asdict().items() if w is not None
+    }
+    for i, bn in enumerate(taken):
+        if bn is not None:
+            found |= {f"d_weight{i}": bn.weight.grad, f"d_bias{i}": bn.bias.grad}
+            found |= {f"mean{i}": bn.running_mean, f"var{i}": bn.running_var}
+            assert int(bn.num_batches_tracked) == int(training)
+    return found  # type: ignore[return-value]
+
+
+def compare_block(
+    shape: BlockShape, batch: int, size: tuple[int, int], dtype: torch.dtype, *, training: bool = True,
+    expand: bool = True, first_norm: bool = True, k_max: int = 7,
+) -> None:  # fmt: skip
+    x = random(batch, shape.in_channels, *size, dtype=dtype)
+    weights = [
+        random(shape.hidden + 8, shape.in_channels + 8) / shape.in_channels**0.5 if expand else None,
+        random(shape.hidden + 8, 1, k_max, k_max) / shape.kernel,
+        random(shape.out_channels + 8, shape.hidden + 8) / shape.hidden**0.5,
+    ]
+    out = output_size(size[0], shape.stride), output_size(size[1], shape.stride)
+    grad = random(batch, shape.out_channels, *out)
+    rest = (shape, grad, training)
+    exact = run_block("reference", x.double(), weights, *rest, torch.float64, first_norm)
+    ours = run_block("triton", x, weights, *rest, torch.float32, first_norm)
+    if dtype == torch.float32:
+        for name, value in exact.items():
+            assert error(ours[name], value) <= TOLERANCE[dtype], (name, error(ours[name], value))
+        return
+    eager = run_block("reference", x, weights, *rest, torch.float32, first_norm)
+    ratios = []
+    for name, value in exact.items():
+        own, allowed = error(ours[name], value), max(TOLERANCE[dtype], error(eager[name], value))
+        assert own <= WORSE_THAN_EAGER["each"] * allowed, (name, own, allowed)
+        ratios.append(own / allowed)
+    assert sum(ratios) / len(ratios) <= WORSE_THAN_EAGER["mean"], ratios
+
+
+@pytest.mark.parametrize(("kernel", "stride"), product((3, 5, 7), (1, 2)))
+def test_block(kernel: int, stride: int) -> None:
+    compare_block(BlockShape(8, 24, 8 * stride, kernel, stride), 2, (7, 9), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_block_in_16_bits(dtype: torch.dtype) -> None:
+    compare_block(BlockShape(16, 48, 16, 3, 1), 8, (7, 7), dtype)
+
+
+def test_block_with_odd_widths() -> None:
+    compare_block(BlockShape(5, 15, 7, 3, 1), 3, (5, 6), torch.float32)
+
+
+def test_block_with_running_statistics() -> None:
+    compare_block(BlockShape(8, 24, 8, 3, 1), 2, (7, 7), torch.float32, training=False)
+
+
+@pytest.mark.parametrize("first_norm", [False, True])
+def test_block_without_expansion(first_norm: bool) -> None:
+    compare_block(BlockShape(8, 8, 16, 3, 1), 2, (7, 7), torch.float32, expand=False, first_norm=first_norm)
+
+
+def test_block_without_expansion_has_a_shortcut() -> None:
+    compare_block(BlockShape(8, 8, 8, 3, 1), 2, (7, 7), torch.float32, expand=False, first_norm=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_tail(dtype: torch.dtype, training: bool) -> None:
+    x, weight, grad = random(3, 24, 5, 4, dtype=dtype), random(40, 32), random(3, 40, 5, 4)
+    found = {}
+    for backend, kind, held in (("exact", torch.float64, torch.float64), ("reference", dtype, torch.float32),
+                                ("triton", dtype, torch.float32)):  # fmt: skip
+        bn = nn.BatchNorm2d(40)
+        nn.init.normal_(bn.bias, mean=1.0, generator=torch.Generator().manual_seed(2))
+        bn.to(DEVICE, held)
+        leaf_x, leaf_w = x.detach().to(kind).requires_grad_(), weight.detach().to(held).requires_grad_()
+        name = "reference" if backend == "exact" else backend
+        z = pointwise_bn_relu6(leaf_x, leaf_w, bn, in_channels=24, training=training, backend=name)
+        z.backward(grad.to(z.dtype))
+        found[backend] = [
+            z.detach(),
+            leaf_x.grad,
+            leaf_w.grad,
+            bn.weight.grad,
+            bn.bias.grad,
+            bn.running_mean,
+            bn.running_var,
+        ]
+    for exact, eager, ours in zip(found["exact"], found["reference"], found["triton"], strict=True):
+        limit = TOLERANCE[dtype]
+        if dtype != torch.float32:
+            limit = max(limit, WORSE_THAN_EAGER["each"] * error(eager, exact))
+        assert error(ours, exact) <= limit
+
+
+def test_autocast_decides_the_dtype() -> None:
+    shape = BlockShape(8, 24, 16, 3, 1)
+    weights = BlockWeights(random(24, 8), random(24, 1, 3, 3), random(16, 24))
+    x = random(2, 8, 5, 5)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        z = inverted_residual(x, weights, norms(shape, torch.float32), shape, training=True, backend="triton")  # type: ignore[arg-type]
+    assert z.dtype == torch.bfloat16
+    assert reference.compute_dtype(x) == torch.float32
+
+
+def test_results_are_bit_equal_from_run_to_run() -> None:
+    shape = BlockShape(8, 24, 8, 3, 1)
+    x, grad = random(2, 8, 7, 7), random(2, 8, 7, 7)
+    weights: list[Tensor | None] = [random(24, 8), random(24, 1, 3, 3), random(8, 24)]
+    first, second = (run_block("triton", x, weights, shape, grad, True, torch.float32, True) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+# ---- on a GPU only: real sizes, real tiles
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU: full-size maps take hours in the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        (BlockShape(16, 96, 32, 3, 2), 112),
+        (BlockShape(40, 240, 40, 5, 1), 56),
+        (BlockShape(40, 120, 48, 7, 2), 56),
+        (BlockShape(56, 336, 56, 7, 1), 28),
+        (BlockShape(112, 672, 112, 5, 1), 14),
+        (BlockShape(128, 768, 192, 3, 2), 14),
+        (BlockShape(224, 1344, 320, 7, 1), 7),
+        (BlockShape(24, 72, 24, 5, 1), 33),
+    ],
+)
+def test_full_size_block(shape: BlockShape, size: int, dtype: torch.dtype) -> None:
+    compare_block(shape, 12, (size, size), dtype)

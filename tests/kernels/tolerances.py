@@ -1,0 +1,16 @@
+"""How far a result may be from the float64 reference: ||out - reference|| / ||reference||, per dtype of the computation."""
+
+import torch
+from torch import Tensor
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Of one operation: a few roundings of its own output and operands."""
+WORSE_THAN_EAGER = {"each": 2.0, "mean": 1.1}
+"""Of a whole block in 16 bits, where a few ReLU6 masks flip: times eager's error against the same reference, for one
+result alone and in the mean over all of them."""
+
+
+def error(out: Tensor, reference: Tensor) -> float:
+    """Relative error in the Frobenius norm; NaN, which never passes, stays NaN."""
+    reference = reference.double()
+    return float((out.to(reference) - reference).norm() / reference.norm().clamp_min(1e-30))
