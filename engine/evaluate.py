@@ -11,19 +11,19 @@ split over the ranks of torch.distributed; counts are summed, so the result does
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch import distributed as dist
-from torch.nn import functional as F
 
+from engine.chunk_counter import Advance, ChunkCounter, Counts, Images
+from engine.chunk_workers import RunAll, chunk_workers, worker_count
 from engine.errors import UserError
 from engine.evaluation_progress import EvaluationProgress
 from engine.folded import FoldedLayers
-from engine.memory import Memory, is_out_of_memory
+from engine.memory import Memory
 from engine.prefix_tree import PrefixTree
 from engine.recalibration import (
     RecalibratedLayers,
@@ -58,19 +58,6 @@ class Score(NamedTuple):
     images: int
     correct1: int
     correct5: int
-
-
-class Images(Protocol):
-    """What the evaluator needs of an evaluation set (engine.loader.EvaluationSet)."""
-
-    images: np.ndarray
-    """uint8 [N, H, W, 3]."""
-    labels: np.ndarray
-    fingerprint: str
-
-    def normalized(self, device: torch.device, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-        """Images start..stop-1 as [n, 3, H, W], channels_last."""
-        ...
 
 
 class Evaluator:
@@ -109,13 +96,11 @@ class Evaluator:
         self.recalibration = recalibration if bn == "recalibrate" else None
         self.device = torch.device(device)
         self.dtype = dtype
-        self.memory = Memory.plan(self.device, memory_budget_mib)
+        self.memory = Memory.plan(self.device, memory_budget_mib, worker_count(self.device))
         self.progress = progress
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         # Only rank 0 reads and writes the file; the others get what it knows.
         self.store = EvaluationStore(store if self.rank == 0 else None)
-        self._resolution = int(data.images.shape[1])
-        self._labels = torch.from_numpy(np.asarray(data.labels, dtype=np.int64)).to(self.device)
 
     def evaluate(self, archs: Sequence[Arch]) -> list[Score]:
         """The scores of architectures, in order. Repeated and stored ones cost nothing.
@@ -130,14 +115,15 @@ class Evaluator:
         images = len(self.data.labels)
         missing = sum(images - tally.seen for tally in tallies.values())
         shown = self.progress and self.rank == 0 and missing > 0
-        with EvaluationProgress(shown, "evaluating subnets", missing) as self._bar:
+        with EvaluationProgress(shown, "evaluating subnets", missing) as bar:
+            advance = lambda model_images: bar.advance(model_images * self.world)  # noqa: E731
             while pending := [arch for arch in distinct if tallies[arch].seen < images]:
                 # Those that a killed evaluation left furthest behind catch up first; then all go on together.
                 start = min(tallies[arch].seen for arch in pending)
                 stop = min((tallies[arch].seen for arch in pending if tallies[arch].seen > start), default=images)
                 behind = [arch for arch in pending if tallies[arch].seen == start]
                 for part in self._parts(behind):
-                    for counts in self._count(part, start, stop):
+                    for counts in self._count(part, start, stop, advance):
                         for arch, count in zip(part, counts, strict=True):
                             tallies[arch] = tallies[arch].plus(count)
                         if self.rank == 0:
@@ -170,7 +156,7 @@ class Evaluator:
 
     def _parts(self, archs: Sequence[Arch]) -> list[list[Arch]]:
         """The architectures that run together: all, or as many as have room for statistics of their own."""
-        if self.bn == "running":
+        if self.recalibration is None:
             return [list(archs)]
         space = self.supernet.space
         largest = max(statistics_bytes(space.supernet_dims(arch), space.tail_channels) for arch in archs)
@@ -178,114 +164,53 @@ class Evaluator:
         ordered = sorted(archs, key=lambda arch: arch.operations)
         return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
-    def _count(self, archs: Sequence[Arch], start: int, stop: int) -> Iterator[list[Tally]]:
+    def _count(self, archs: Sequence[Arch], start: int, stop: int, advance: Advance) -> Iterator[list[Tally]]:
         """Score images start..stop-1, round by round; each yields the counts of that round for every architecture.
 
-        A round is a chunk of images for every rank.
+        In a round every worker of every rank takes one chunk of images.
         """
-        tree = PrefixTree(self.supernet.space, archs, self._resolution)
-        layers = self._layers(tree)
-        chunk = self.memory.chunk_images(tree, self.dtype.itemsize)
-        for first in range(start, stop, chunk * self.world):
-            last = min(first + chunk * self.world, stop)
-            bounds = [first + (last - first) * r // self.world for r in range(self.world + 1)]
-            counts = self._count_slice(tree, layers, bounds[self.rank], bounds[self.rank + 1], chunk)
-            yield counts.summed_over_ranks(self.world).tallies(last - first)
+        tree = PrefixTree(self.supernet.space, archs, self.data.images.shape[1])
+        workers = worker_count(self.device)
+        with chunk_workers(workers) as run_all:
+            counter = ChunkCounter(
+                tree, self._layers(tree, run_all), self.data, self.memory, self.device, self.dtype, advance
+            )
+            chunks = self.world * workers
+            for first, last in pairwise(even_bounds(start, stop, counter.chunk * chunks)):
+                bounds = [first + (last - first) * i // chunks for i in range(chunks + 1)]
+                mine = list(pairwise(bounds))[self.rank * workers : (self.rank + 1) * workers]
+                counts = Counts.sum(run_all(counter.count, mine))
+                yield counts.summed_over_ranks(self.world).tallies(last - first)
 
-    def _layers(self, tree: PrefixTree) -> Layers:
+    def _layers(self, tree: PrefixTree, run_all: RunAll) -> Layers:
         if self.recalibration is None:
-            return FoldedLayers(self.supernet, self.dtype)
-        return RecalibratedLayers(self.supernet, self._recalibrate(tree), self.dtype)
+            return FoldedLayers(self.supernet, tree, self.dtype)
+        return RecalibratedLayers(self.supernet, tree, self._recalibrate(tree, run_all), self.dtype)
 
-    def _count_slice(self, tree: PrefixTree, layers: Layers, start: int, stop: int, chunk: int) -> "Counts":
-        """The counts of this rank's images. Out of memory, the chunk is halved and the work goes on."""
-        total = Counts.zeros(len(tree.leaves))
-        while start < stop:
-            end = min(start + chunk, stop)
-            try:
-                total.add(self._count_chunk(tree, layers, start, end))
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                if end - start == 1:
-                    raise UserError(
-                        f"one image of {self._resolution} pixels does not fit in the memory of {self.device}; "
-                        "give a smaller memory budget or a smaller resolution"
-                    ) from None
-                chunk = (end - start) // 2
-                self.memory = self.memory.halved()
-                _release_cached_memory(self.device)
-                continue
-            start = end
-        return total
-
-    def _count_chunk(self, tree: PrefixTree, layers: Layers, start: int, stop: int) -> "Counts":
-        images = self.data.normalized(self.device, self.dtype, start, stop)
-        labels = self._labels[start:stop]
-        counts = Counts.zeros(len(tree.leaves))
-        for leaves, logits in TreeRunner(tree, layers, self.memory, self.dtype).run(images):
-            counts.record([tree.leaves[leaf] for leaf in leaves], logits, labels)
-            self._bar.advance(len(leaves) * len(labels) * self.world)
-        return counts
-
-    def _recalibrate(self, tree: PrefixTree) -> TreeStatistics:
-        """Run the recalibration images through the tree; batches are shared out over the ranks."""
+    def _recalibrate(self, tree: PrefixTree, run_all: RunAll) -> TreeStatistics:
+        """Run the recalibration images through the tree; batches are shared out over ranks and workers."""
         assert self.recalibration is not None
-        size = self._recalibration_batch
-        batches = len(self.recalibration.labels) // size
-        statistics = TreeStatistics.zeros(self.supernet, tree)
+        data, size = self.recalibration, self._recalibration_batch
+        batches = len(data.labels) // size
+        statistics = TreeStatistics.zeros(self.supernet, tree, batches)
         layers = StatisticsLayers(self.supernet, statistics, self.dtype)
-        for batch in range(self.rank, batches, self.world):
-            images = self.recalibration.normalized(self.device, self.dtype, batch * size, (batch + 1) * size)
+
+        def run_batch(batch: int) -> None:
+            images = data.normalized(self.device, self.dtype, batch * size, (batch + 1) * size)
             for _ in TreeRunner(tree, layers, self.memory, self.dtype).run(images):
                 pass
-        statistics.batches = batches
+
+        run_all(run_batch, range(self.rank, batches, self.world))
         if self.world > 1:
             for tensor in statistics.tensors():
                 dist.all_reduce(tensor)
         return statistics
 
 
-class Counts:
-    """Correct answers and losses of some architectures: correct1, correct5 int64 [archs], loss float64 [archs]."""
-
-    def __init__(self, correct1: np.ndarray, correct5: np.ndarray, loss: np.ndarray) -> None:
-        self.correct1, self.correct5, self.loss = correct1, correct5, loss
-
-    @classmethod
-    def zeros(cls, archs: int) -> "Counts":
-        return cls(np.zeros(archs, np.int64), np.zeros(archs, np.int64), np.zeros(archs))
-
-    def record(self, archs: Sequence[int], logits: Tensor, labels: Tensor) -> None:
-        """Add logits [archs, n, classes] of images with labels [n]."""
-        count, images, classes = logits.shape
-        logits = logits.float()
-        best = logits.topk(min(5, classes), dim=-1).indices
-        hits = best == labels[None, :, None]
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(count), reduction="none").view(count, images)
-        self.correct1[archs] += hits[:, :, 0].sum(1).cpu().numpy()
-        self.correct5[archs] += hits.any(-1).sum(1).cpu().numpy()
-        self.loss[archs] += losses.double().sum(1).cpu().numpy()
-
-    def add(self, other: "Counts") -> None:
-        self.correct1 += other.correct1
-        self.correct5 += other.correct5
-        self.loss += other.loss
-
-    def summed_over_ranks(self, world: int) -> "Counts":
-        if world == 1:
-            return self
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        sums = []
-        for counts in (self.correct1, self.correct5, self.loss):
-            tensor = torch.from_numpy(counts).to(device)
-            dist.all_reduce(tensor)
-            sums.append(tensor.cpu().numpy())
-        return Counts(*sums)
-
-    def tallies(self, images: int) -> list[Tally]:
-        columns = zip(self.correct1.tolist(), self.correct5.tolist(), self.loss.tolist(), strict=True)
-        return [Tally(images, *row) for row in columns]
+def even_bounds(start: int, stop: int, largest: int) -> list[int]:
+    """Cut start..stop-1 into as few nearly equal ranges as are at most `largest` long; their ends in order."""
+    ranges = -(-(stop - start) // largest)
+    return [start + (stop - start) * i // ranges for i in range(ranges + 1)]
 
 
 def weights_fingerprint(supernet: Supernet) -> str:
@@ -308,8 +233,3 @@ def _score(tally: Tally) -> Score:
         correct1=tally.correct1,
         correct5=tally.correct5,
     )
-
-
-def _release_cached_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

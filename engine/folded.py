@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.prefix_tree import Step
+from engine.prefix_tree import PrefixTree, Step
 from engine.supernet import Supernet
 from kernels import BlockShape, BlockWeights
-from kernels.inference import fold_norm, folded_depthwise, folded_pointwise
+from kernels.inference import fold_norm, folded_depthwise, folded_pointwise, packed_depthwise, packed_pointwise
 
 
 class FoldedConv(NamedTuple):
@@ -52,10 +52,31 @@ def sliced_weights(weights: BlockWeights, shape: BlockShape) -> BlockWeights:
     )
 
 
-def fold(weight: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> FoldedConv:
-    """A convolution followed by scale and shift [out] as one; in float32, then cast."""
+Affine = tuple[Tensor, Tensor]
+"""Scale and shift [C], float32."""
+
+
+def fold(weight: Tensor, affine: Affine, dtype: torch.dtype) -> FoldedConv:
+    """A convolution followed by scale and shift as one; in float32, then cast."""
+    scale, shift = affine
     weight = weight.detach().float() * scale.view(-1, *[1] * (weight.dim() - 1))
     return FoldedConv(weight.to(dtype).contiguous(), shift.to(dtype))
+
+
+def fold_block(
+    weights: BlockWeights, norms: Sequence[Affine], shape: BlockShape, size: int, dtype: torch.dtype
+) -> FoldedBlock:
+    """The block of sliced weights, packed for inputs of `size` x `size` pixels; norms as many as weights."""
+    given = [weight for weight in weights if weight is not None]
+    *expand, depthwise, project = (fold(weight, norm, dtype) for weight, norm in zip(given, norms, strict=True))
+    out_size = -(-size // shape.stride)
+    return FoldedBlock(
+        expand[0]._replace(weight=packed_pointwise(expand[0].weight, size)) if expand else None,
+        depthwise._replace(weight=packed_depthwise(depthwise.weight, size, shape.stride)),
+        project._replace(weight=packed_pointwise(project.weight, out_size)),
+        shape.stride,
+        shape.residual,
+    )
 
 
 class Stem:
@@ -64,19 +85,17 @@ class Stem:
     `norms` are the (scale, shift) after the convolution, the depthwise and the pointwise convolution.
     """
 
-    def __init__(self, supernet: Supernet, norms: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+    def __init__(self, supernet: Supernet, norms: Sequence[Affine], resolution: int, dtype: torch.dtype) -> None:
         shape = supernet.separable_shape
         weights = sliced_weights(supernet.separable_weights, shape)
         self.stride = supernet.space.stem_stride
-        self.conv = fold(supernet.stem_conv.weight, *norms[0], dtype)
-        depthwise = fold(weights.depthwise, *norms[1], dtype)
-        project = fold(weights.project, *norms[2], dtype)
-        self.separable = FoldedBlock(None, depthwise, project, shape.stride, shape.residual)
+        weight, self.bias = fold(supernet.stem_conv.weight, norms[0], dtype)
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.separable = fold_block(weights, norms[1:], shape, -(-resolution // self.stride), dtype)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] -> the input of the first block."""
-        weight = self.conv.weight.contiguous(memory_format=torch.channels_last)
-        x = F.conv2d(images, weight, self.conv.bias, stride=self.stride, padding=1)
+        x = F.conv2d(images, self.weight, self.bias, stride=self.stride, padding=1)
         return self.separable(x.clamp_(0, 6))
 
 
@@ -93,40 +112,32 @@ class Classifier:
 
 
 class FoldedLayers:
-    """The layers of a supernet with its running statistics, each folded once, when it is first needed."""
+    """The layers of a supernet with its running statistics, each that the tree needs folded once."""
 
     whole_batches = False
 
-    def __init__(self, supernet: Supernet, dtype: torch.dtype) -> None:
-        self.supernet = supernet
-        self.dtype = dtype
+    def __init__(self, supernet: Supernet, tree: PrefixTree, dtype: torch.dtype) -> None:
         stem_norms = (supernet.stem_bn, *supernet.separable_norms[1:])
-        self.stem = Stem(supernet, [fold_norm(norm) for norm in stem_norms], dtype)
+        self.stem = Stem(supernet, [fold_norm(norm) for norm in stem_norms], tree.resolution, dtype)
         self.classify = Classifier(supernet, dtype)
-        self._blocks: dict[tuple[int, Step], FoldedBlock] = {}
-        self._tails: dict[int, FoldedConv] = {}
+        self._blocks: list[dict[Step, FoldedBlock]] = []
+        for i, level in enumerate(tree.levels):
+            blocks = {}
+            for step in level.step_counts():
+                shape = BlockShape(*step.dims)
+                weights = sliced_weights(supernet.block_weights(i, step.operation), shape)
+                norms = [fold_norm(norm) for norm in supernet.block_norms(i, step.operation)]
+                blocks[step] = fold_block(weights, norms, shape, level.in_size, dtype)
+            self._blocks.append(blocks)
+        self._tails = {}
+        for width in tree.final_widths():
+            conv = fold(supernet.tail_weight[:, :width], fold_norm(supernet.tail_norm(width)), dtype)
+            self._tails[width] = conv._replace(weight=packed_pointwise(conv.weight, tree.levels[-1].out_size))
 
     def block(self, level: int, step: Step, nodes: range, x: Tensor) -> Tensor:
         """One step for a batch of nodes: x [nodes * n, in, H, W] -> [nodes * n, out, H', W']."""
-        key = (level, step)
-        if key not in self._blocks:
-            self._blocks[key] = self._fold_block(level, step)
-        return self._blocks[key](x)
+        return self._blocks[level][step](x)
 
     def tail(self, width: int, leaves: Sequence[int], x: Tensor) -> Tensor:
         """The leaves' outputs x [leaves * n, width, H, W] -> logits [leaves * n, classes]."""
-        if width not in self._tails:
-            norm = fold_norm(self.supernet.tail_norm(width))
-            self._tails[width] = fold(self.supernet.tail_weight[:, :width], *norm, self.dtype)
         return self.classify(folded_pointwise(x, *self._tails[width], relu6=True))
-
-    def _fold_block(self, level: int, step: Step) -> FoldedBlock:
-        shape = BlockShape(*step.dims)
-        weights = sliced_weights(self.supernet.block_weights(level, step.operation), shape)
-        norms = self.supernet.block_norms(level, step.operation)
-        expand, depthwise, project = (
-            fold(weight, *fold_norm(norm), self.dtype)
-            for weight, norm in zip(weights, norms, strict=True)
-            if weight is not None
-        )
-        return FoldedBlock(expand, depthwise, project, shape.stride, shape.residual)

@@ -21,7 +21,7 @@ GPU_CHUNK = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """A budget and its division; `activations` + `workspace` + `statistics` never exceed it."""
+    """A budget and its division; `activations` + `workspace` of all workers and `statistics` never exceed it."""
 
     activations: int
     """Bytes for outputs of nodes whose subtrees are not finished."""
@@ -33,15 +33,18 @@ class Memory:
     """Most images of one pass through the tree."""
 
     @classmethod
-    def plan(cls, device: torch.device, budget_mib: int | None) -> "Memory":
-        """Divide a budget, by default half of the free memory. Raises `UserError` for a budget that is not positive."""
+    def plan(cls, device: torch.device, budget_mib: int | None, workers: int) -> "Memory":
+        """Divide a budget, by default half of the free memory; activations and workspace are for each worker.
+
+        Raises `UserError` for a budget that is not positive.
+        """
         if budget_mib is not None and budget_mib < 1:
             raise UserError(f"a memory budget of {budget_mib} MiB is impossible; give at least 1, or none")
         budget = budget_mib * MIB if budget_mib else _free_bytes(device) // 2
         if device.type == "cpu":
             return cls(
-                activations=min(budget // 2, CPU_ACTIVATIONS),
-                workspace=min(budget // 4, CPU_WORKSPACE),
+                activations=min(budget // 2 // workers, CPU_ACTIVATIONS),
+                workspace=min(budget // 4 // workers, CPU_WORKSPACE),
                 statistics=budget // 4,
                 max_chunk=CPU_CHUNK,
             )

@@ -99,9 +99,9 @@ class PrefixTree:
             size = -(-size // self.space.block_stride(i))
         return size
 
-    @property
-    def num_nodes(self) -> int:
-        return sum(map(len, self.levels))
+    def final_widths(self) -> set[int]:
+        """The channel numbers that reach the tail."""
+        return {step.dims.out_channels for step in self.levels[-1].steps}
 
 
 def _first_positions(nodes: list[int]) -> list[int]:

@@ -6,6 +6,7 @@ statistics, and the averages over batches are what scoring uses. So a layer's st
 to that layer only, and one pass over the tree computes them for all subnets, each distinct prefix once.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.folded import Classifier, Stem, sliced_weights
+from engine.folded import Affine, Classifier, Stem, sliced_weights
 from engine.prefix_tree import PrefixTree, Step
 from engine.space import BlockDims
 from engine.supernet import Supernet
@@ -51,7 +52,8 @@ class Moments:
 class TreeStatistics:
     """The statistics of all nodes of a tree: per batch normalisation layer the moments of the nodes that use it."""
 
-    batches: int = 0
+    batches: int
+    """How many batches all ranks together add up."""
     stem: list[Moments] = field(default_factory=list)
     """After the stem's convolution, the separable block's depthwise and its pointwise convolution."""
     blocks: dict[tuple[int, Step], list[Moments]] = field(default_factory=dict)
@@ -60,8 +62,8 @@ class TreeStatistics:
     """Per width, a row per leaf of the tree."""
 
     @classmethod
-    def zeros(cls, supernet: Supernet, tree: PrefixTree) -> "TreeStatistics":
-        statistics = cls()
+    def zeros(cls, supernet: Supernet, tree: PrefixTree, batches: int) -> "TreeStatistics":
+        statistics = cls(batches)
         stem_norms = (supernet.stem_bn, *supernet.separable_norms[1:])
         statistics.stem = [Moments.zeros(1, norm) for norm in stem_norms]
         for i, level in enumerate(tree.levels):
@@ -69,7 +71,7 @@ class TreeStatistics:
                 norms = supernet.block_norms(i, step.operation)
                 statistics.blocks[i, step] = [Moments.zeros(nodes, norm) for norm in norms]
         leaves = len(tree.levels[-1])
-        for width in {step.dims.out_channels for step in tree.levels[-1].steps}:
+        for width in tree.final_widths():
             statistics.tails[width] = Moments.zeros(leaves, supernet.tail_norm(width))
         return statistics
 
@@ -86,7 +88,7 @@ def statistics_bytes(dims: Sequence[BlockDims], tail_channels: int) -> int:
 
 
 class StatisticsLayers:
-    """The layers of a supernet in train mode, adding the statistics of every node to `statistics`."""
+    """The layers of a supernet in train mode, adding the statistics of every node to `statistics`; thread-safe."""
 
     whole_batches = True
 
@@ -94,10 +96,10 @@ class StatisticsLayers:
         self.supernet = supernet
         self.statistics = statistics
         self.dtype = dtype
+        self._adding = threading.Lock()
 
     def stem(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] -> the input of the first block. Called once per batch."""
-        self.statistics.batches += 1
+        """Images [N, 3, H, W] -> the input of the first block."""
         supernet, (first, *separable) = self.supernet, self.statistics.stem
         weight = supernet.stem_conv.weight.detach().to(self.dtype)
         x = F.conv2d(images, weight, stride=supernet.space.stem_stride, padding=1)
@@ -160,8 +162,9 @@ class StatisticsLayers:
         mean, var = segment_statistics(y, len(nodes))
         values = y.numel() // (len(nodes) * y.shape[1])
         rows = torch.as_tensor(list(nodes), device=y.device)
-        moments.mean.index_add_(0, rows, mean.double())
-        moments.var.index_add_(0, rows, (var * (values / (values - 1))).double())
+        with self._adding:
+            moments.mean.index_add_(0, rows, mean.double())
+            moments.var.index_add_(0, rows, (var * (values / (values - 1))).double())
         return segment_affine(y, *scale_and_shift(norm, mean, var), relu6=relu6, residual=residual)
 
 
@@ -170,38 +173,39 @@ class RecalibratedLayers:
 
     whole_batches = False
 
-    def __init__(self, supernet: Supernet, statistics: TreeStatistics, dtype: torch.dtype) -> None:
-        self.supernet = supernet
-        self.dtype = dtype
+    def __init__(self, supernet: Supernet, tree: PrefixTree, statistics: TreeStatistics, dtype: torch.dtype) -> None:
         self._statistics = statistics
         stem_norms = (supernet.stem_bn, *supernet.separable_norms[1:])
-        affine = [self._affine(*pair) for pair in zip(stem_norms, statistics.stem, strict=True)]
-        self.stem = Stem(supernet, [(scale[0], shift[0]) for scale, shift in affine], dtype)
+        stem = [self._affine(*pair) for pair in zip(stem_norms, statistics.stem, strict=True)]
+        self.stem = Stem(supernet, [(scale[0], shift[0]) for scale, shift in stem], tree.resolution, dtype)
         self.classify = Classifier(supernet, dtype)
-        self._blocks: dict[tuple[int, Step], SegmentedBlock] = {}
-        self._tails: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._blocks: list[dict[Step, SegmentedBlock]] = []
+        for i, level in enumerate(tree.levels):
+            blocks = {}
+            for step in level.step_counts():
+                shape = BlockShape(*step.dims)
+                weights = sliced_weights(supernet.block_weights(i, step.operation), shape)
+                norms = supernet.block_norms(i, step.operation)
+                affine = [self._affine(*pair) for pair in zip(norms, statistics.blocks[i, step], strict=True)]
+                blocks[step] = SegmentedBlock(weights, affine, shape, dtype)
+            self._blocks.append(blocks)
+        self._tail_weight = supernet.tail_weight.detach().to(dtype)
+        self._tails = {
+            width: self._affine(supernet.tail_norm(width), statistics.tails[width]) for width in tree.final_widths()
+        }
 
     def block(self, level: int, step: Step, nodes: range, x: Tensor) -> Tensor:
         """One step for a batch of nodes: x [nodes * n, in, H, W] -> [nodes * n, out, H', W']."""
-        key = (level, step)
-        if key not in self._blocks:
-            shape = BlockShape(*step.dims)
-            weights = sliced_weights(self.supernet.block_weights(level, step.operation), shape)
-            norms = self.supernet.block_norms(level, step.operation)
-            affine = [self._affine(*pair) for pair in zip(norms, self._statistics.blocks[key], strict=True)]
-            self._blocks[key] = SegmentedBlock(weights, affine, shape, self.dtype)
-        return self._blocks[key](x, nodes)
+        return self._blocks[level][step](x, nodes)
 
     def tail(self, width: int, leaves: Sequence[int], x: Tensor) -> Tensor:
         """The leaves' outputs x [leaves * n, width, H, W] -> logits [leaves * n, classes]."""
-        if width not in self._tails:
-            affine = self._affine(self.supernet.tail_norm(width), self._statistics.tails[width])
-            self._tails[width] = (self.supernet.tail_weight.detach()[:, :width].to(self.dtype), *affine)
-        weight, scale, shift = self._tails[width]
+        scale, shift = self._tails[width]
         rows = list(leaves)
+        weight = self._tail_weight[:, :width]
         return self.classify(segmented_pointwise(x, weight, scale[rows], shift[rows], relu6=True))
 
-    def _affine(self, norm: nn.BatchNorm2d, sums: Moments) -> tuple[Tensor, Tensor]:
+    def _affine(self, norm: nn.BatchNorm2d, sums: Moments) -> Affine:
         batches = self._statistics.batches
         return scale_and_shift(norm, sums.mean / batches, sums.var / batches)
 
@@ -212,7 +216,7 @@ class SegmentedBlock:
     def __init__(
         self,
         weights: BlockWeights,
-        affine: Sequence[tuple[Tensor, Tensor]],
+        affine: Sequence[Affine],
         shape: BlockShape,
         dtype: torch.dtype,
     ) -> None:
