@@ -55,6 +55,26 @@ class ExportedNetwork(nn.Module):
         return self.network(images.to(self.dtype)).float()
 
 
+class PointwiseClassifier(nn.Module):
+    """A linear layer as the 1x1 convolution that it is in the paper's Table 1: [N, C] -> [N, classes].
+
+    TensorRT-RTX builds FP32 convolutions for every GPU generation, but FP32 matrix products not for Turing (SM75).
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None)
+        self.conv.load_state_dict(
+            {
+                name: tensor[..., None, None] if name == "weight" else tensor
+                for name, tensor in linear.state_dict().items()
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x[:, :, None, None]).flatten(1)
+
+
 def export_onnx(
     network: nn.Module,
     file: Path,
@@ -75,8 +95,11 @@ def export_onnx(
         mean, std: of the normalisation, in units of 0 to 1.
         metadata: strings stored in the file beside the format and the normalisation.
     """
-    typed = fold_batchnorm(network).cpu().to(DTYPES[format.precision])
-    module = ExportedNetwork(typed, format, mean, std).eval()
+    folded = fold_batchnorm(network).cpu()
+    for name, layer in list(folded.named_modules()):
+        if isinstance(layer, nn.Linear):
+            folded.set_submodule(name, PointwiseClassifier(layer))
+    module = ExportedNetwork(folded.to(DTYPES[format.precision]), format, mean, std).eval()
     shape = (format.batch or 2, 3, resolution, resolution)
     example = torch.zeros(shape)
     if format.input == "uint8":

@@ -1,0 +1,21 @@
+"""Backends that run released networks, for parity checks and latency."""
+
+from search.backends.base import Backend, CannotRun, Model, Session, session_logits
+from search.backends.onnx_runtime import OnnxRuntimeBackend
+from search.backends.tensorrt import TensorRTBackend
+from search.backends.torch_eager import TorchBackend
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        TorchBackend("cpu"),
+        TorchBackend("cuda"),
+        OnnxRuntimeBackend("cpu"),
+        OnnxRuntimeBackend("cuda"),
+        TensorRTBackend("tensorrt"),
+        TensorRTBackend("tensorrt_rtx"),
+    )
+}
+"""Every backend by name, whether it can run here or not."""
+
+__all__ = ["BACKENDS", "Backend", "CannotRun", "Model", "Session", "session_logits"]

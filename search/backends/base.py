@@ -1,0 +1,93 @@
+"""What every deployment backend offers: a session that runs one network at one batch size and precision."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from engine.onnx_export import OnnxFormat, Precision, export_onnx
+
+
+class CannotRun(Exception):
+    """A backend cannot run something here; the message is the reason, in one line."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network to deploy: normalised float32 images [N, 3, H, W] -> float32 logits [N, classes]."""
+
+    name: str
+    network: nn.Module
+    """On the CPU, in evaluation mode."""
+    resolution: int
+    """H and W in pixels."""
+    directory: Path
+    """Where its ONNX files are made."""
+
+    def onnx_file(self, precision: Precision) -> Path:
+        """The network as ONNX with a dynamic batch; made when first asked for."""
+        file = self.directory / f"{self.name}-{precision}.onnx"
+        if not file.is_file():
+            export_onnx(self.network, file, resolution=self.resolution, format=OnnxFormat(precision=precision))
+        return file
+
+
+class Session(Protocol):
+    """A network ready to run on a device, for one batch size."""
+
+    def load(self, images: Tensor) -> None:
+        """Put a full batch [N, 3, H, W] where `run` reads it, on the device if there is one."""
+        ...
+
+    def run(self) -> None:
+        """Compute the logits of the loaded batch; returns when they are there."""
+        ...
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """The answer [N, classes] of the last `run`."""
+        ...
+
+
+class Backend(Protocol):
+    """One way to run networks."""
+
+    name: str
+
+    def describe(self) -> str:
+        """The device and the versions it runs with. Raises `CannotRun` when it cannot run on this machine at all."""
+        ...
+
+    def open(self, model: Model, precision: Precision, batch: int) -> Session:
+        """Make a network ready. Raises `CannotRun` when this precision or network is not for this backend."""
+        ...
+
+
+def session_logits(session: Session, images: Tensor, batch: int) -> npt.NDArray[np.float32]:
+    """The session's answer [N, classes] to any number of images; the last batch is filled up by repetition."""
+    parts = []
+    for part in images.split(batch):
+        missing = batch - len(part)
+        session.load(torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part)
+        session.run()
+        parts.append(session.logits()[: len(part)].copy())
+    return np.concatenate(parts)
+
+
+def require_cuda() -> str:
+    """The name of the GPU. Raises `CannotRun` when torch sees none."""
+    if not torch.cuda.is_available():
+        raise CannotRun("no CUDA device on this machine")
+    return torch.cuda.get_device_name()
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "CPU"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")

@@ -1,0 +1,44 @@
+"""Timing a session: warmed-up repeats and their percentiles."""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from search.backends.base import Session
+
+
+class Latency(NamedTuple):
+    """Wall-clock time of one batch, input already on the device, from the call until the logits are there."""
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    images_per_s: float
+    """At the median."""
+    repeats: int
+
+
+def measure(session: Session, batch: int, *, repeats: int, warmup: int, max_seconds: float) -> Latency:
+    """Time a session whose batch is loaded.
+
+    `warmup` runs come first, uncounted. Each of the two parts ends early once `max_seconds` have passed and it has made
+    ten runs.
+    """
+    _times_ms(session, warmup, max_seconds)
+    times_ms = _times_ms(session, repeats, max_seconds)
+    p50, p90, p99 = (float(value) for value in np.percentile(times_ms, (50, 90, 99)))
+    return Latency(p50, p90, p99, batch / p50 * 1e3, len(times_ms))
+
+
+def _times_ms(session: Session, repeats: int, max_seconds: float) -> list[float]:
+    times_ms: list[float] = []
+    started = time.perf_counter()
+    while len(times_ms) < repeats:
+        before = time.perf_counter()
+        session.run()
+        now = time.perf_counter()
+        times_ms.append((now - before) * 1e3)
+        if now - started > max_seconds and len(times_ms) >= 10:
+            break
+    return times_ms
