@@ -166,9 +166,10 @@ def build_ahead(model: Model, arguments: LatencyArguments) -> Iterator[dict[str,
 
 def show(rows: list[dict[str, Any]], engines: list[dict[str, Any]]) -> None:
     """Print both lists as tables."""
-    console = Console()
+    console = Console(markup=False, highlight=False)
+    console.width = max(console.width, 120)
     for hardware in dict.fromkeys(row["hardware"] for row in rows if "hardware" in row):
-        console.print(hardware)
+        print(hardware)
     table = Table(
         "network", "backend", "precision", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "max error", "top-1 same"
     )
