@@ -3,8 +3,9 @@
 python search/evolve.py --run runs/digits --max-macs 2M
 deepspeed search/evolve.py --run runs/imagenet --max-macs 465M
 
-The defaults are the paper's. A second call with the same arguments returns or continues what is stored; with other
-limits it takes every evaluation that is already known from the run directory.
+The defaults are the paper's. A second call with the same arguments continues or returns what is stored. With other
+limits every evaluation that the run directory knows is taken from there, and what earlier searches found inside the
+limits counts too.
 """
 
 import sys
@@ -59,13 +60,13 @@ class EvolveArguments:
             limits.append(Limit("params", high=parse_count(self.max_params)))
         return tuple(limits)
 
+    def evolution(self) -> EvolutionConfig:
+        return EvolutionConfig.scaled(population=self.population, iterations=self.iterations, seed=self.seed)
+
 
 def main() -> None:
     arguments = parse(EvolveArguments, __doc__, sys.argv[1:])
-    limits = arguments.limits()
-    config = EvolutionConfig.scaled(
-        population=arguments.population, iterations=arguments.iterations, seed=arguments.seed
-    )
+    limits, config = arguments.limits(), arguments.evolution()
     process = start_process()
     trained = TrainedRun.open(arguments.run, process)
     with trained.run.lock() if process.is_main else nullcontext():
@@ -88,22 +89,23 @@ def search(
     }
     history = History.of(trained.run.search, space, constraints, config, scored_by)
     generations = on_main(process, history.load)
-    stored = {candidate.arch for generation in generations for candidate in generation}
-    known = stored | on_main(process, lambda: {candidate.arch for candidate in history.comparable()})
+    others = on_main(process, history.comparable)
+    known = {candidate.arch for generation in (*generations, others) for candidate in generation}
     reporter = Reporter(config.iterations, enabled=process.is_main)
     for generation in evolve(space, constraints, evaluator.evaluate, config, generations):
         generations.append(generation)
         on_main(process, lambda: history.save(generations))
         reporter.show(generations)
-    best = ranked(generations)[0]
-    candidates = [candidate for generation in generations for candidate in generation]
+    found = [candidate for generation in generations for candidate in generation]
+    best = ranked([found, [candidate for candidate in others if constraints.allow(candidate.arch)]])[0]
+    front = accuracy_front([*found, *others])
+    on_main(process, lambda: history.publish(best, front))
     if process.is_main:
-        history.save(generations)
-        print_result(best, accuracy_front(candidates), history.file)
+        print_result(best, front, history.file)
     return {
         "best": {"arch": str(best.arch), **best.costs, "top1": best.top1},
-        "evaluations": len(candidates),
-        "reused": sum(candidate.arch in known for candidate in candidates),
+        "evaluations": len(found),
+        "reused": sum(candidate.arch in known for candidate in found),
         "limits": history.request["limits"],
         "file": str(history.file),
     }

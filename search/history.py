@@ -1,10 +1,11 @@
 """What a search writes into its run directory, and how it goes on from there.
 
-search/NAME.json   all generations of one search, what it was asked for, and what its scores depend on
-search/best.json   the best architecture of the latest search: what retraining takes
-search/pareto.json the accuracy-MACs front over every search whose scores are comparable with the latest one's
+search/NAME.json    all generations of one search, what it was asked for, and what its scores depend on
+search/best.json    the best architecture inside the limits of the latest search: what retraining takes
+search/pareto.json  the accuracy-MACs front
+The last two are over every search whose scores are comparable, since one supernet serves many budgets.
 
-A file is replaced as a whole after each generation, so a killed search loses at most the one that was running, and
+NAME.json is replaced as a whole after each generation, so a killed search loses at most the one that was running, and
 that one's evaluations are in the evaluator's store.
 """
 
@@ -20,7 +21,7 @@ from engine.errors import UserError
 from engine.rundir import read_json, write_json
 from engine.space import Arch, Space
 from search.constraints import Constraints
-from search.evolution import Candidate, EvolutionConfig, Generation, ranked
+from search.evolution import Candidate, EvolutionConfig, Generation
 from search.pareto import pareto_set
 
 RESERVED = ("best.json", "pareto.json")
@@ -56,17 +57,13 @@ class History:
         return _generations(read_json(self.file), self.file) if self.file.is_file() else []
 
     def save(self, generations: Sequence[Generation]) -> None:
-        """Store all generations, the best of them, and the front over all comparable searches."""
-        best = _to_json(ranked(generations)[0])
-        state = {
-            "request": self.request,
-            "scored_by": self.scored_by,
-            "best": best,
-            "generations": [[_to_json(candidate) for candidate in generation] for generation in generations],
-        }
-        write_json(self.file, state)
-        write_json(self.directory / "best.json", {**best, "limits": self.request["limits"]})
-        front = accuracy_front([*ranked(generations), *self.comparable()])
+        """Store all generations so far."""
+        rows = [[_to_json(candidate) for candidate in generation] for generation in generations]
+        write_json(self.file, {"request": self.request, "scored_by": self.scored_by, "generations": rows})
+
+    def publish(self, best: Candidate, front: Sequence[Candidate]) -> None:
+        """Write best.json and pareto.json."""
+        write_json(self.directory / "best.json", {**_to_json(best), "limits": self.request["limits"]})
         write_json(self.directory / "pareto.json", [_to_json(candidate) for candidate in front])
 
     def comparable(self) -> list[Candidate]:

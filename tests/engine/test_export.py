@@ -90,28 +90,6 @@ def test_raw_pixels_and_a_fixed_batch(network, pixels, tmp_path):
     assert parity == (13, pytest.approx(0, abs=1e-4), 1.0)
 
 
-def test_half_precision_weights_with_float_input_and_output(network, pixels, tmp_path):
-    file = tmp_path / "half.onnx"
-    export_onnx(network, file, resolution=16, format=OnnxFormat(precision="fp16"), mean=MEAN, std=STD)
-    model = onnx.load(file)
-    types = {weight.data_type for weight in model.graph.initializer if len(weight.dims) == 4}
-    assert types == {onnx.TensorProto.FLOAT16}
-    images = normalised(pixels)
-    logits = onnx_logits(file, images.numpy())
-    assert logits.dtype == np.float32
-    expected = torch_logits(network, images)
-    assert np.abs(logits - expected).max() < 0.02 * np.abs(expected).max()
-
-
-def test_bfloat16_is_written_and_its_lack_on_the_cpu_is_said(network, pixels, tmp_path):
-    file = tmp_path / "bf16.onnx"
-    export_onnx(network, file, resolution=16, format=OnnxFormat(precision="bf16"), mean=MEAN, std=STD)
-    types = {weight.data_type for weight in onnx.load(file).graph.initializer if len(weight.dims) == 4}
-    assert types == {onnx.TensorProto.BFLOAT16}
-    with pytest.raises(UserError, match=r"ONNX Runtime cannot run .*bf16.onnx: .*Conv.*; export it as fp32"):
-        onnx_logits(file, normalised(pixels).numpy())
-
-
 def test_parity_counts_what_differs():
     reference = np.array([[1.0, 2.0], [3.0, 1.0], [0.0, 5.0], [1.0, 0.0]])
     other = reference + np.array([[0.0, 0.5], [0.0, 0.0], [7.0, 0.0], [0.0, 0.0]])

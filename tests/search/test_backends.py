@@ -1,0 +1,119 @@
+"""Every backend that runs here answers like torch; every other says why it does not."""
+
+import importlib.util
+import random
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from engine.errors import UserError
+from engine.onnx_export import onnx_logits, torch_logits
+from engine.sampling import uniform_arch
+from engine.subnet import Subnet
+from search.backends import BACKENDS, CannotRun, Model, session_logits
+from search.backends.tensorrt import RTX_TARGETS, build_engine, import_package
+from search.backends.timing import measure
+from tests.search.runs import small_space
+
+CPU = ("torch-cpu", "onnxruntime-cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Model:
+    space = small_space()
+    torch.manual_seed(0)
+    network = Subnet(space, uniform_arch(space, random.Random(1)))
+    with torch.no_grad():
+        network.classifier.weight.mul_(30)
+        network(torch.randn(64, 3, 16, 16))
+    return Model("small", network.eval(), 16, tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("name", CPU)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_cpu_backends_answer_like_torch_and_are_timed(model, name, batch):
+    images = torch.randn(9, 3, 16, 16)
+    session = BACKENDS[name].open(model, "fp32", batch)
+    np.testing.assert_allclose(session_logits(session, images, batch), torch_logits(model.network, images), atol=1e-4)
+    latency = measure(session, batch, repeats=30, warmup=3, max_seconds=10)
+    assert latency.repeats == 30
+    assert 0 < latency.p50_ms <= latency.p90_ms <= latency.p99_ms
+    assert latency.images_per_s == pytest.approx(batch / latency.p50_ms * 1e3)
+
+
+@pytest.mark.parametrize("name", CPU)
+def test_cpu_backends_name_device_threads_and_version(name):
+    assert "threads; " in BACKENDS[name].describe()
+    assert BACKENDS[name].describe()[-1].isalnum()
+
+
+def weight_types(file) -> set[int]:
+    return {weight.data_type for weight in onnx.load(file).graph.initializer if len(weight.dims) == 4}
+
+
+def test_half_precision_is_in_the_weights_and_differs_by_its_rounding_only(model):
+    images = torch.randn(8, 3, 16, 16)
+    expected = torch_logits(model.network, images)
+    for name in CPU:
+        logits = session_logits(BACKENDS[name].open(model, "fp16", 8), images, 8)
+        assert logits.dtype == np.float32
+        assert 0 < np.abs(logits - expected).max() < 0.02 * np.abs(expected).max(), name
+    assert weight_types(model.onnx_file("fp16")) == {onnx.TensorProto.FLOAT16}
+
+
+class SlowSession:
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def run(self) -> None:
+        self.runs += 1
+
+
+def test_slow_rows_end_early_but_not_before_ten_runs():
+    session = SlowSession()
+    assert measure(session, 1, repeats=10**6, warmup=10**6, max_seconds=0).repeats == 10  # type: ignore[arg-type]
+    assert session.runs == 20
+
+
+def test_bfloat16_is_exported_and_its_lack_on_the_cpu_is_said_in_one_line(model):
+    with pytest.raises(CannotRun, match=r"CPUExecutionProvider does not run bf16: .*Conv") as caught:
+        BACKENDS["onnxruntime-cpu"].open(model, "bf16", 1)
+    assert "\n" not in str(caught.value)
+    file = model.onnx_file("bf16")
+    assert weight_types(file) == {onnx.TensorProto.BFLOAT16}
+    with pytest.raises(UserError, match=r"ONNX Runtime cannot run .*bf16.onnx: .*Conv.*; export it as fp32"):
+        onnx_logits(file, np.zeros((1, 3, 16, 16), np.float32))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+@pytest.mark.parametrize("name", ["torch-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"])
+def test_backends_without_a_gpu_say_so(model, name):
+    for attempt in (BACKENDS[name].describe, lambda: BACKENDS[name].open(model, "fp32", 1)):
+        with pytest.raises(CannotRun, match=r"no CUDA|is not installed; pip install bsnas\[tensorrt"):
+            attempt()
+
+
+def test_a_missing_package_names_its_extra():
+    with pytest.raises(
+        CannotRun, match=r"tensorrt_none is not installed; pip install bsnas\[tensorrt-none\] brings it"
+    ):
+        import_package("tensorrt_none")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+@pytest.mark.parametrize("target", RTX_TARGETS)
+def test_rtx_engines_are_built_ahead_of_time_for_every_target(model, target):
+    trt = import_package("tensorrt_rtx")
+    for precision in ("fp32", "fp16"):
+        assert len(build_engine(trt, model.onnx_file(precision).read_bytes(), (1, 8, 32), target)) > 10_000
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+def test_an_engine_that_does_not_build_gives_the_builders_reason(model):
+    trt = import_package("tensorrt_rtx")
+    with pytest.raises(CannotRun, match=r"the engine does not build: .*b16"):
+        build_engine(trt, model.onnx_file("bf16").read_bytes(), (1, 1, 1), "SM75")
+    with pytest.raises(CannotRun, match="the ONNX file is not understood"):
+        build_engine(trt, b"no such thing", (1, 1, 1), "SM80")

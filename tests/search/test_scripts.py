@@ -1,0 +1,237 @@
+"""evolve.py, export.py and latency.py on a run directory: results, files, continuation, and errors of the user."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks.latency
+import engine.export
+from benchmarks.latency import LatencyArguments
+from engine.chosen_network import choose_network, network_file
+from engine.distributed import Process
+from engine.errors import UserError
+from engine.network_file import save_network
+from engine.rundir import RunDir
+from engine.space import Arch
+from engine.subnet import Subnet
+from engine.trained_run import TrainedRun
+from search.constraints import Limit
+from search.evolution import EvolutionConfig
+from search.evolve import EvolveArguments, search
+from search.history import History
+from tests.search.runs import small_space, untrained_run
+
+ROOT = Path(__file__).resolve().parents[2]
+ALONE = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+SMALL = EvolutionConfig.scaled(population=6, iterations=2, seed=0)
+LIMITS = (Limit("macs", high=40_000),)
+ARCH = "c8:k5t3,k3t3_c8:k5t2,k7t3"
+
+
+@pytest.fixture
+def trained(tmp_path) -> TrainedRun:
+    untrained_run(tmp_path / "run")
+    return TrainedRun.open(tmp_path / "run", ALONE)
+
+
+def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200)
+
+
+def read(file: Path):
+    return json.loads(file.read_text())
+
+
+def test_evolve_writes_figures_best_front_and_all_evaluations(tmp_path):
+    untrained_run(tmp_path / "run")
+    done = script(
+        "search/evolve.py",
+        *("--run", "run", "--max-macs", "40K", "--max-params", "4K", "--population", "6", "--iterations", "2"),
+        *("--json", "out/figures.json"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = read(tmp_path / "out" / "figures.json")
+    assert figures["evaluations"] == 18
+    assert figures["reused"] == 0
+    best = figures["best"]
+    assert best["macs"] <= 40_000
+    assert best["params"] <= 4000
+    assert best["arch"] in done.stdout
+    assert "generation 2/2" in done.stdout
+    folder = tmp_path / "run" / "search"
+    assert read(folder / "best.json")["arch"] == best["arch"]
+    front = read(folder / "pareto.json")
+    assert front[-1]["top1"] == best["top1"]
+    (history,) = (file for file in folder.iterdir() if file.name not in ("best.json", "pareto.json"))
+    rows = [row for generation in read(history)["generations"] for row in generation]
+    assert len({row["arch"] for row in rows}) == 18
+    assert max(row["top1"] for row in rows) == best["top1"]
+
+
+def test_a_killed_search_goes_on_and_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch):
+    whole_run = untrained_run(tmp_path / "whole")
+    whole = search(TrainedRun.open(whole_run.path, ALONE), LIMITS, SMALL, None)
+
+    save = History.save
+
+    def killed(self, generations):
+        save(self, generations)
+        if len(generations) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(History, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search(trained, LIMITS, SMALL, None)
+    monkeypatch.undo()
+    assert not (trained.run.search / "best.json").exists()
+    continued = search(trained, LIMITS, SMALL, None)
+    assert continued["reused"] == 12
+    assert continued["best"] == whole["best"]
+    for file in whole_run.search.iterdir():
+        assert (trained.run.search / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_finished_search_is_returned_and_other_limits_take_what_is_known(trained, capsys):
+    first = search(trained, LIMITS, SMALL, None)
+    capsys.readouterr()
+    again = search(trained, LIMITS, SMALL, None)
+    assert again == {**first, "reused": first["evaluations"]}
+    assert "generation" not in capsys.readouterr().out
+    wider = search(trained, (Limit("macs", high=41_000),), SMALL, None)
+    assert wider["file"] != first["file"]
+    assert wider["best"]["top1"] >= first["best"]["top1"], "what an earlier search found inside the limits counts"
+    assert len(list(trained.run.search.iterdir())) == 4
+
+
+def test_another_seed_or_batchnorm_mode_is_another_search(trained):
+    running = search(trained, (), SMALL, "running")
+    seeded = search(trained, (), replace(SMALL, seed=1), "running")
+    recalibrated = search(trained, (), SMALL, "recalibrate")
+    assert len({running["file"], seeded["file"], recalibrated["file"]}) == 3
+    assert recalibrated["reused"] == 0, "scores of other statistics are not comparable"
+
+
+def test_a_damaged_history_is_named(trained):
+    found = search(trained, LIMITS, SMALL, None)
+    Path(found["file"]).write_text('{"generations": [[{"arch": "c1"}]]}')
+    with pytest.raises(UserError, match=r"macs-40K-seed0-.*json holds no search of this program .*; remove it"):
+        search(trained, LIMITS, SMALL, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_macs": "10K"}, "no architecture has macs <= 10K; reachable in this space: macs 19.456K to 61.44K"),
+        ({"max_macs": "lots"}, "'lots' is not a count; write a positive number as 465M"),
+        ({"max_macs": "1M", "min_macs": "2M"}, "macs from 2M to 1M is empty"),
+        ({"population": 0}, "population and parents must be at least 1"),
+    ],
+)
+def test_impossible_requests_are_told_before_anything_is_written(trained, options, message):
+    arguments = EvolveArguments(run=trained.run.path, **options)
+
+    def request():
+        search(trained, arguments.limits(), arguments.evolution(), None)
+
+    with pytest.raises(UserError, match=message):
+        request()
+    assert not trained.run.search.exists()
+
+
+def test_errors_end_in_one_line_and_exit_code_2(tmp_path):
+    done = script("search/evolve.py", "--run", "nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "nowhere holds no run (config.json is missing)" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_there_must_be_a_network_to_export_or_time(trained):
+    for arch, message in (
+        (None, "holds no retrained network; train one with engine/retrain.py, or give --arch"),
+        ("c9", "architecture 'c9' does not parse at 'c9'"),
+        (ARCH.replace("c8", "c9"), "cluster 1 of architecture .* has 9 channels; allowed are 4, 6, 8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            choose_network(trained.run, arch, 10)
+
+
+def test_a_run_without_checkpoint_is_refused(tmp_path):
+    run = untrained_run(tmp_path / "run")
+    for file in run.checkpoints.iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=r"holds no checkpoint yet; train it first with engine/train.py --run"):
+        TrainedRun.open(run.path, ALONE)
+
+
+def in_process(module, monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    module.main()
+
+
+def retrained_run(path: Path) -> RunDir:
+    run = untrained_run(path)
+    torch.manual_seed(1)
+    save_network(network_file(run), Subnet(small_space(), Arch.parse(ARCH)).eval())
+    return run
+
+
+def test_export_writes_the_retrained_network_and_checks_it_on_test_images(tmp_path, monkeypatch, capsys):
+    run = retrained_run(tmp_path / "run")
+    in_process(engine.export, monkeypatch, "--run", str(run.path), "--json", str(tmp_path / "f.json"))
+    figures = read(tmp_path / "f.json")
+    assert figures["weights"] == "retrained"
+    assert figures["arch"] == ARCH
+    assert figures["max_abs_error"] < 1e-5
+    assert figures["top1_agreement"] == 1.0
+    assert figures["top1_onnx"] == figures["top1_torch"]
+    assert figures["images"] > 300, "digits' test set, not its search-validation set"
+    assert Path(figures["file"]).stat().st_size == figures["bytes"]
+    assert "top-1 agreement 100.00%" in capsys.readouterr().out
+
+
+def test_latency_has_a_row_or_a_reason_for_every_backend(tmp_path, monkeypatch, capsys):
+    run = retrained_run(tmp_path / "run")
+    in_process(
+        benchmarks.latency,
+        monkeypatch,
+        *("--run", str(run.path), "--batch-sizes", "1", "4", "--precisions", "fp32", "--repeats", "20"),
+        *("--warmup", "2", "--targets", "SM80", "--json", str(tmp_path / "f.json")),
+    )
+    figures = read(tmp_path / "f.json")
+    rows = {(row["backend"], row.get("batch")): row for row in figures["rows"]}
+    for backend in ("torch-cpu", "onnxruntime-cpu"):
+        for batch in (1, 4):
+            row = rows[backend, batch]
+            assert row["max_abs_error"] < 1e-5
+            assert row["top1_agreement"] == 1.0
+            assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+            assert {"hardware", "date", "commit", "images_per_s", "precision"} <= row.keys()
+    assert {backend for backend, _ in rows} == set(benchmarks.latency.BACKENDS)
+    assert all(("why" in row) != ("p50_ms" in row) for row in figures["rows"])
+    assert read(run.latency / "latency.json") == figures
+    printed = capsys.readouterr().out
+    for row in figures["rows"]:
+        assert row.get("why", "images/s") in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backends": ("tflite",)}, "backends tflite unknown; allowed are torch-cpu"),
+        ({"peers": ("resnet9",)}, "peers resnet9 unknown; allowed are mobilenet_v2"),
+        ({"targets": ("SM90",)}, "targets SM90 unknown; allowed are SM75"),
+        ({"batch_sizes": (0,)}, "batch sizes, repeats, images and threads must be at least 1"),
+    ],
+)
+def test_latency_refuses_what_it_does_not_know(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        LatencyArguments(run=tmp_path, **options)
