@@ -99,6 +99,8 @@ def export_onnx(
     for name, layer in list(folded.named_modules()):
         if isinstance(layer, nn.Linear):
             folded.set_submodule(name, PointwiseClassifier(layer))
+        if hasattr(layer, "inplace"):
+            layer.inplace = False  # the exporter undoes in-place operations, which doubles its time
     module = ExportedNetwork(folded.to(DTYPES[format.precision]), format, mean, std).eval()
     shape = (format.batch or 2, 3, resolution, resolution)
     example = torch.zeros(shape)
