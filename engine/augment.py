@@ -1,7 +1,7 @@
 """Random crops and flips as numbers: where each sample of a batch is cut, computed from its own random numbers.
 
-The pipeline only executes these windows, so the pixels that a sample contributes depend on (seed, epoch, sample) and on
-nothing else: not on threads, not on the number of ranks, not on where a run was resumed.
+The pipeline only executes these windows, so the pixels that a sample contributes depend on (seed, epoch,
+sample) and on nothing else: not on threads, not on the number of ranks, not on where a run was resumed.
 """
 
 from typing import NamedTuple
@@ -47,8 +47,8 @@ def draw_windows(config: DataConfig, seed: int, epoch: int, indices: Indices, im
 def resized_crop(image_shapes: Int32, uniform: Uniform, scale: tuple[float, float]) -> tuple[Int32, Int32]:
     """torchvision's RandomResizedCrop for a batch: start and shape, [N, 2] each.
 
-    The first of ten draws of area share and log-uniform aspect ratio that fits into the image is taken; if none fits, the
-    largest centred window of an allowed aspect ratio.
+    The first of ten draws of area share and log-uniform aspect ratio that fits into the image is taken; if
+    none fits, the largest centred window of an allowed aspect ratio.
     """
     height, width = image_shapes[:, :1].astype(np.float64), image_shapes[:, 1:].astype(np.float64)
     area = height * width * (scale[0] + uniform[:, 0 : 2 * ATTEMPTS : 2] * (scale[1] - scale[0]))

@@ -1,8 +1,9 @@
-"""Data sets as lists of files: where they come from, which images train, which ones score subnets, which ones test.
+"""Data sets as lists of files: where they come from, which images train, score subnets, or test.
 
-Every source becomes one ImageFolder layout (train/CLASS/FILE and val/CLASS/FILE). The search-validation images are taken out of
-train/ once and recorded; val/ is the test set, and its files are listed only by `Dataset.open_test`, so nothing that trains,
-shrinks or searches can read it by accident. Needs neither torch nor DALI.
+Every source becomes one ImageFolder layout (train/CLASS/FILE and val/CLASS/FILE). The search-validation
+images are taken out of train/ once and recorded; val/ is the test set, and its files are listed only by
+`Dataset.open_test`, so nothing that trains, shrinks or searches can read it by accident. Needs neither torch
+nor DALI.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class DataConfig:
     """Which images, how they are split, and how they are decoded and augmented."""
 
     source: Source = "digits"
-    """digits: scikit-learn's, embedded; fashion-mnist: Debian's package or a download; folder: train/ and val/ under `path`."""
+    """digits: scikit-learn's, embedded; fashion-mnist: Debian's package or a download; folder: see `path`."""
     path: str | None = None
     """Directory that holds train/CLASS/IMAGE and val/CLASS/IMAGE (source "folder" only)."""
     resolution: int = 16
@@ -34,7 +35,7 @@ class DataConfig:
     split_seed: int = 0
     """Seed of the search-validation split."""
     augment: Literal["resized-crop", "pad-crop", "none"] = "pad-crop"
-    """resized-crop: random area and aspect ratio; pad-crop: shift by up to `pad` pixels; none: the evaluation transform."""
+    """resized-crop: random area and aspect ratio; pad-crop: shift by up to `pad` pixels; none: as in evaluation."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the image area that a resized crop keeps."""
     pad: int = 2
@@ -105,9 +106,9 @@ class Dataset:
 def open_dataset(config: DataConfig, split_file: Path | None = None) -> Dataset:
     """Make the source ready, list train/ and take the recorded search-validation split out of it.
 
-    `split_file` (default: in the cache) is written when missing and checked when present. Any number of processes may call
-    this at once. Raises UserError for a wrong path, empty or unknown classes, too few images for the split, or a data set
-    or seed that differs from the record.
+    `split_file` (default: in the cache) is written when missing and checked when present. Any number of
+    processes may call this at once. Raises UserError for a wrong path, empty or unknown classes, too few
+    images for the split, or a data set or seed that differs from the record.
     """
     root = prepare_source(config.source, config.path, config.cache)
     classes = find_classes(root)

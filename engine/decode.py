@@ -1,11 +1,11 @@
 """DALI pipelines: encoded files to training batches, to evaluation images, to image sizes; and which file broke one.
 
-A pipeline reads paths that a Python callback hands over batch by batch; reading, decoding and everything after runs in
-DALI's threads, or on the GPU from the decoder on.
+A pipeline reads paths that a Python callback hands over batch by batch; reading, decoding and everything
+after runs in DALI's threads, or on the GPU from the decoder on.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from nvidia.dali.pipeline import DataNode, Pipeline
 
 from engine.data import DataConfig
 from engine.errors import UserError
+from engine.image_files import FileList
 
 MAX_THREADS = 16
+BATCH = 64
 fn: Any = nvidia.dali.fn  # operators are made at import, and the stubs know only some
 types: Any = nvidia.dali.types
 
@@ -48,8 +50,9 @@ def train_pipeline(
 ) -> Pipeline:
     """`source()` gives paths, labels, mirror and, unless `augment` is none, window start and window shape.
 
-    Outputs are images [N, H, W, 3] and labels [N]. Images are normalised, fp16 for `dtype` fp16 (and bf16 on a GPU, which
-    DALI lacks), else fp32. `exact_size` says that every image has the training resolution already.
+    Outputs are images [N, H, W, 3] and labels [N]. Images are normalised, fp16 for `dtype` fp16 (and bf16 on
+    a GPU, which DALI lacks), else fp32. `exact_size` says that every image has the training resolution
+    already.
     """
     gpu = device.type == "cuda"
     half = dtype == torch.float16 or (gpu and dtype == torch.bfloat16)
@@ -82,32 +85,26 @@ def train_pipeline(
     return _build(graph, batch_size, threads=thread_count(config), prefetch=config.prefetch, device=device)
 
 
-def evaluation_pipeline(config: DataConfig, source: Callable[[], Batch], *, batch_size: int) -> Pipeline:
-    """`source()` gives (paths,); the output is uint8 [N, H, W, 3].
+def decode_images(files: FileList, config: DataConfig) -> Iterator[npt.NDArray[np.uint8]]:
+    """All files in order by the evaluation transform, in batches [N, H, W, 3].
 
     Always on the CPU, so that the same files give the same pixels on every machine.
     """
-
-    def graph() -> tuple[DataNode, ...]:
-        image = fn.decoders.image(_read(_paths(source)), output_type=types.RGB)
-        return (_evaluation_transform(image, config),)
-
-    return _build(graph, batch_size, threads=thread_count(config), prefetch=config.prefetch)
+    return _each_batch(
+        files, config, lambda encoded: _evaluation_transform(fn.decoders.image(encoded, output_type=types.RGB), config)
+    )
 
 
-def shape_pipeline(config: DataConfig, source: Callable[[], Batch], *, batch_size: int) -> Pipeline:
-    """`source()` gives (paths,); the output is (height, width, channels) from each file's header, [N, 3]."""
-
-    def graph() -> tuple[DataNode, ...]:
-        return (fn.peek_image_shape(_read(_paths(source))),)
-
-    return _build(graph, batch_size, threads=thread_count(config), prefetch=config.prefetch)
+def read_shapes(files: FileList, config: DataConfig) -> Iterator[npt.NDArray[np.int64]]:
+    """Height, width and channels of all files in order from their headers, in batches [N, 3]."""
+    return _each_batch(files, config, fn.peek_image_shape)
 
 
 def undecodable_file(paths: Sequence[str], error: Exception) -> Exception:
-    """What to raise when a pipeline over `paths` failed with `error`: a UserError that names the first broken file.
+    """What to raise when a pipeline over `paths` failed: a UserError that names the first broken file.
 
-    A failed pipeline is dead and does not say which file it was, so each is decoded alone until one fails.
+    A failed pipeline is dead and does not say which file it was, so each is decoded alone until one fails. When all
+    decode, `error` itself is returned.
     """
     remaining = iter(paths)
     current = ""
@@ -127,6 +124,30 @@ def undecodable_file(paths: Sequence[str], error: Exception) -> Exception:
         except RuntimeError:
             return UserError(f"image {current} {_fault(current)}; remove or replace it")
     return error
+
+
+def _each_batch(
+    files: FileList, config: DataConfig, operation: Callable[[DataNode], DataNode]
+) -> Iterator[npt.NDArray[Any]]:
+    """One pass over the files, in order. Raises UserError that names a file that cannot be decoded."""
+    paths = files.paths
+    batches = [paths[first : first + BATCH] for first in range(0, len(paths), BATCH)]
+    fed = iter(batches)
+
+    def source() -> Batch:
+        return ([path_bytes(path) for path in next(fed)],)
+
+    def graph() -> tuple[DataNode, ...]:
+        return (operation(_read(_paths(source))),)
+
+    pipeline = _build(graph, BATCH, threads=thread_count(config), prefetch=config.prefetch)
+    for index in range(len(batches)):
+        try:
+            (output,) = pipeline.run()
+        except RuntimeError as error:
+            ahead = batches[index : index + config.prefetch + 1]
+            raise undecodable_file([path for batch in ahead for path in batch], error) from None
+        yield np.array(output.as_tensor())
 
 
 def _fault(path: str) -> str:

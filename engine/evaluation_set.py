@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from engine.atomic import build_directory
-from engine.data import DataConfig, FileList
-from engine.decode import Batch, evaluation_pipeline, path_bytes, undecodable_file
+from engine.data import DataConfig
+from engine.decode import decode_images
 from engine.errors import UserError
+from engine.image_files import FileList
 
 FORMAT = 1
-BATCH = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class EvaluationSet:
     def normalized(
         self, device: torch.device | str, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None
     ) -> Tensor:
-        """Images start to stop as the training loader would give them: [N, 3, H, W], channels_last, `dtype`, on `device`."""
+        """Images start to stop, normalised: [N, 3, H, W], channels_last, `dtype`, on `device`."""
         chosen = torch.from_numpy(np.array(self.images[start:stop]))
         return normalize(chosen.to(device), self.mean, self.std, dtype)
 
@@ -52,9 +52,10 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], d
 
 
 def evaluation_set(files: FileList, config: DataConfig) -> EvaluationSet:
-    """The decoded images of a list of files, from the cache where the same files were decoded by the same transform before.
+    """The decoded images of a list of files; from the cache where the same files went through the same transform.
 
-    The first process decodes and the others wait for it. Raises UserError that names a file that cannot be decoded.
+    The first process decodes and the others wait for it. Raises UserError that names a file that cannot be
+    decoded.
     """
     transform = {"format": FORMAT, "resolution": config.resolution, "resize": config.resize}
     identity = hashlib.sha256(f"{files.identity}{json.dumps(transform)}".encode()).hexdigest()
@@ -76,25 +77,12 @@ def _decode(files: FileList, config: DataConfig, work: Path) -> None:
     needed, free = int(np.prod(shape)), shutil.disk_usage(work).free
     if needed > free:
         raise UserError(
-            f"decoding {len(files)} images takes {needed / 1e9:.1f} GB in {work.parent}, which has {free / 1e9:.1f} GB free; "
-            "free some or set cache_dir"
+            f"decoding {len(files)} images takes {needed / 1e9:.1f} GB in {work.parent}, "
+            f"which has {free / 1e9:.1f} GB free; free some or set cache_dir"
         )
-    cursor = 0
-
-    def source() -> Batch:
-        nonlocal cursor
-        first, cursor = cursor, min(cursor + BATCH, len(files))
-        if first == cursor:
-            raise StopIteration
-        return ([path_bytes(files.path(i)) for i in range(first, cursor)],)
-
-    pipeline = evaluation_pipeline(config, source, batch_size=BATCH)
     images = np.lib.format.open_memmap(work / "images.npy", "w+", np.uint8, shape)
-    for first in range(0, len(files), BATCH):
-        try:
-            (batch,) = pipeline.run()
-        except RuntimeError as error:
-            ahead = range(first, min(len(files), first + BATCH * (config.prefetch + 1)))
-            raise undecodable_file([files.path(i) for i in ahead], error) from None
-        images[first : first + BATCH] = np.array(batch.as_tensor())
+    first = 0
+    for batch in decode_images(files, config):
+        images[first : first + len(batch)] = batch
+        first += len(batch)
     images.flush()

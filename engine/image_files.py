@@ -1,4 +1,4 @@
-"""Lists of image files in ImageFolder layout (CLASS/IMAGE), with labels and what identifies each file. Needs no torch."""
+"""Lists of image files in ImageFolder layout (CLASS/IMAGE), with labels and what identifies each file."""
 
 import hashlib
 import os

@@ -6,10 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.atomic import locked, write_atomically
-from engine.data import DataConfig, FileList
-from engine.decode import Batch, path_bytes, shape_pipeline, undecodable_file
-
-BATCH = 256
+from engine.data import DataConfig
+from engine.decode import read_shapes
+from engine.image_files import FileList
 
 
 def image_shapes(files: FileList, config: DataConfig) -> npt.NDArray[np.int32]:
@@ -18,28 +17,6 @@ def image_shapes(files: FileList, config: DataConfig) -> npt.NDArray[np.int32]:
     with locked(cached.with_suffix(".lock")):
         if not cached.exists():
             buffer = io.BytesIO()
-            np.save(buffer, _read_headers(files, config))
+            np.save(buffer, np.concatenate(list(read_shapes(files, config)))[:, :2].astype(np.int32))
             write_atomically(cached, buffer.getvalue())
     return np.load(cached)  # type: ignore[no-any-return]
-
-
-def _read_headers(files: FileList, config: DataConfig) -> npt.NDArray[np.int32]:
-    cursor = 0
-
-    def source() -> Batch:
-        nonlocal cursor
-        first, cursor = cursor, min(cursor + BATCH, len(files))
-        if first == cursor:
-            raise StopIteration
-        return ([path_bytes(files.path(i)) for i in range(first, cursor)],)
-
-    pipeline = shape_pipeline(config, source, batch_size=BATCH)
-    shapes: list[npt.NDArray[np.int64]] = []
-    for first in range(0, len(files), BATCH):
-        try:
-            (found,) = pipeline.run()
-        except RuntimeError as error:
-            ahead = range(first, min(len(files), first + BATCH * (config.prefetch + 1)))
-            raise undecodable_file([files.path(i) for i in ahead], error) from None
-        shapes.append(np.array(found.as_tensor())[:, :2])
-    return np.concatenate(shapes).astype(np.int32)

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from engine.augment import draw_windows
-from engine.data import DataConfig, FileList
+from engine.data import DataConfig
 from engine.decode import Batch, path_bytes, train_pipeline, undecodable_file
+from engine.image_files import FileList
 from engine.image_shapes import image_shapes
 from engine.order import EpochOrder
 
 
 class TrainLoader:
-    """Batches of one rank: images [N, 3, H, W], channels_last, normalised, in `dtype` on `device`; labels int64 [N] there too.
+    """Batches of one rank: normalised images [N, 3, H, W] in channels_last and `dtype`, labels int64 [N], on `device`.
 
-    Global batch g of an epoch is the same set of images for every number of ranks; each rank gets a contiguous part of it.
-    Iteration can begin at any (epoch, step) and gives what an uninterrupted run would have seen there. The pipeline stays
-    alive between epochs and decodes into the next one.
+    Global batch g of an epoch is the same set of images for every number of ranks; each rank gets a
+    contiguous part of it. Iteration can begin at any (epoch, step) and gives what an uninterrupted run would
+    have seen there. The pipeline stays alive between epochs and decodes into the next one.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class TrainLoader:
         dtype: torch.dtype = torch.float32,
         drop_last: bool = True,
     ) -> None:
-        """`batch_size` is per rank. `drop_last=False` keeps every image and makes the batches equal within one image."""
+        """`batch_size` is per rank. `drop_last=False` keeps every image; batch sizes then differ by one at most."""
         self._order = EpochOrder(
             len(files),
             global_batch=batch_size * world_size,
@@ -58,7 +59,7 @@ class TrainLoader:
             batch_size=batch_size,
             device=self._device,
             dtype=dtype,
-            exact_size=bool((self._shapes == config.resolution).all()),
+            exact_size=config.resize is None and bool((self._shapes == config.resolution).all()),
         )
 
     @property
@@ -94,7 +95,8 @@ class TrainLoader:
         return images.to(self._dtype).permute(0, 3, 1, 2), labels
 
     def _run(self) -> tuple:  # type: ignore[type-arg]
-        # On a GPU the outputs belong to torch's current stream: nobody waits on the host, and their memory is reused in stream order.
+        # On a GPU the outputs belong to torch's current stream: the host does not wait, and DALI reuses their memory
+        # only after the work that the stream holds by then.
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
             return self._pipeline.run(stream)
@@ -106,7 +108,7 @@ class TrainLoader:
 
 
 class _Wait:
-    """Sums the time between enter and exit: the host's on a CPU, that of the device's stream on a GPU."""
+    """Sums the time between enter and exit: the host's on a CPU, that of torch's stream on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._total, self._begun = device, 0.0, 0.0
@@ -114,7 +116,7 @@ class _Wait:
 
     def __enter__(self) -> None:
         if self._device.type == "cuda":
-            # The stream stands still from the first event to the second exactly when it has no work left and no batch yet.
+            # From the first event to the second the stream has no work left and no batch yet.
             self._pending.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
             self._pending[-1][0].record(torch.cuda.current_stream(self._device))
         self._begun = time.perf_counter()

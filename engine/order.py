@@ -1,7 +1,7 @@
-"""Which samples each rank sees at each step, and the random numbers that belong to a sample: pure functions of the seed.
+"""Which samples each rank sees at each step, and each sample's random numbers: pure functions of the seed.
 
-Nothing here keeps state. A run can start at any (epoch, step), and neither the order nor the random numbers depend on the
-number of ranks, on threads, or on what ran before.
+Nothing here keeps state. A run can start at any (epoch, step), and neither the order nor the random numbers
+depend on the number of ranks, on threads, or on what ran before.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ class EpochOrder:
         world_size: int,
         drop_last: bool,
     ) -> None:
-        """`drop_last` leaves out what does not fill a global batch; otherwise batches are of equal size within one sample."""
+        """`drop_last` leaves out what does not fill a global batch; otherwise batch sizes differ by one at most."""
         assert 0 <= rank < world_size <= global_batch
         if samples < (global_batch if drop_last else world_size):
             raise UserError(

@@ -1,7 +1,7 @@
-"""Where images come from: a directory, Fashion-MNIST or scikit-learn's digits, all as train/CLASS/FILE and val/CLASS/FILE.
+"""Where images come from: a directory, Fashion-MNIST or scikit-learn's digits, all in ImageFolder layout.
 
-The built-in sources are written once into the cache directory, under a lock and by one rename, so any number of processes
-may ask at once and an interrupted one leaves nothing half done.
+The built-in sources are written once into the cache directory, under a lock and by one rename, so any number
+of processes may ask at once and an interrupted one leaves nothing half done.
 """
 
 import gzip

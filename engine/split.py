@@ -29,8 +29,8 @@ class Split:
 def choose(files: FileList, classes: Sequence[str], per_class: int, seed: int) -> npt.NDArray[np.int64]:
     """Positions of `per_class` files of each class: those with the smallest hash of (seed, name).
 
-    A hash instead of a random generator: the choice does not depend on the order of the listing, on library versions, or
-    on files that are added to other classes.
+    A hash instead of a random generator: the choice does not depend on the order of the listing, on library
+    versions, or on files that are added to other classes.
     """
     chosen: list[int] = []
     for label, name in enumerate(classes):
@@ -48,7 +48,7 @@ def choose(files: FileList, classes: Sequence[str], per_class: int, seed: int) -
 def load_or_create_split(
     where: Path, root: Path, classes: Sequence[str], files: FileList, *, per_class: int, seed: int
 ) -> Split:
-    """The recorded split when there is a record that fits these files, else a new one. Raises UserError when it does not fit."""
+    """The split recorded in the file `where`, made when missing. Raises UserError when it does not fit."""
     expected = {
         "format": FORMAT,
         "seed": seed,
