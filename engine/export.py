@@ -78,7 +78,11 @@ def export(arguments: ExportArguments) -> dict[str, Any]:
         format=format,
         mean=images.mean,
         std=images.std,
-        metadata={"classes": json.dumps(chosen.classes), **{name: str(fact) for name, fact in facts.items()}},
+        metadata={
+            "classes": json.dumps(chosen.classes),
+            "resize": json.dumps(run_dir.config().data.resize),
+            **{name: str(fact) for name, fact in facts.items()},
+        },
     )
     size = file.stat().st_size
     print(f"wrote {file}: {size / 1e6:.2f} MB, {macs / 1e6:.2f} M MACs, {params / 1e6:.3f} M parameters")

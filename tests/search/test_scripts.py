@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
@@ -195,6 +196,9 @@ def test_export_writes_the_retrained_network_and_checks_it_on_test_images(tmp_pa
     assert figures["top1_onnx"] == figures["top1_torch"]
     assert figures["images"] > 300, "digits' test set, not its search-validation set"
     assert Path(figures["file"]).stat().st_size == figures["bytes"]
+    metadata = {entry.key: entry.value for entry in onnx.load(figures["file"]).metadata_props}
+    assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
+    assert (metadata["arch"], metadata["weights"], metadata["resize"]) == (ARCH, "retrained", "null")
     assert "top-1 agreement 100.00%" in capsys.readouterr().out
 
 
