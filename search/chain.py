@@ -18,7 +18,7 @@ class ChainCost:
     """The terms of an additive cost over the live operations of a space.
 
     The terms are read off the cost itself by changing one block at a time in a reference architecture, so any additive
-    cost will do; about 1000 evaluations for Table 1.
+    cost will do; about 600 evaluations for Table 1.
     """
 
     def __init__(self, space: Space, cost: Cost) -> None:
