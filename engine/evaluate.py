@@ -23,7 +23,7 @@ from engine.chunk_workers import RunAll, chunk_workers, worker_count
 from engine.errors import UserError
 from engine.evaluation_progress import EvaluationProgress
 from engine.folded import FoldedLayers
-from engine.memory import Memory
+from engine.memory import MIB, Memory, is_out_of_memory
 from engine.prefix_tree import PrefixTree
 from engine.recalibration import (
     RecalibratedLayers,
@@ -167,7 +167,8 @@ class Evaluator:
     def _count(self, archs: Sequence[Arch], start: int, stop: int, advance: Advance) -> Iterator[list[Tally]]:
         """Score images start..stop-1, round by round; each yields the counts of that round for every architecture.
 
-        In a round every worker of every rank takes one chunk of images.
+        In a round every worker of every rank takes one chunk of images. Rounds begin and end where they would if
+        nothing had been counted before, so an evaluation that was killed ends with the same sums.
         """
         tree = PrefixTree(self.supernet.space, archs, self.data.images.shape[1])
         workers = worker_count(self.device)
@@ -176,7 +177,9 @@ class Evaluator:
                 tree, self._layers(tree, run_all), self.data, self.memory, self.device, self.dtype, advance
             )
             chunks = self.world * workers
-            for first, last in pairwise(even_bounds(start, stop, counter.chunk * chunks)):
+            grid = even_bounds(0, len(self.data.labels), counter.chunk * chunks)
+            rounds = [start, *(bound for bound in grid if start < bound < stop), stop]
+            for first, last in pairwise(rounds):
                 bounds = [first + (last - first) * i // chunks for i in range(chunks + 1)]
                 mine = list(pairwise(bounds))[self.rank * workers : (self.rank + 1) * workers]
                 counts = Counts.sum(run_all(counter.count, mine))
@@ -188,16 +191,32 @@ class Evaluator:
         return RecalibratedLayers(self.supernet, tree, self._recalibrate(tree, run_all), self.dtype)
 
     def _recalibrate(self, tree: PrefixTree, run_all: RunAll) -> TreeStatistics:
+        """The statistics of every node. Out of memory, it starts again and holds half as many nodes at once."""
+        while True:
+            try:
+                return self._run_recalibration(tree, run_all)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.memory.activations < MIB:
+                    raise UserError(
+                        f"a batch of {self._recalibration_batch} images does not fit in the memory of {self.device}; "
+                        "end other programs there, or score with bn running"
+                    ) from None
+                self.memory = self.memory.halved()
+
+    def _run_recalibration(self, tree: PrefixTree, run_all: RunAll) -> TreeStatistics:
         """Run the recalibration images through the tree; batches are shared out over ranks and workers."""
         assert self.recalibration is not None
         data, size = self.recalibration, self._recalibration_batch
         batches = len(data.labels) // size
         statistics = TreeStatistics.zeros(self.supernet, tree, batches)
         layers = StatisticsLayers(self.supernet, statistics, self.dtype)
+        runner = TreeRunner(tree, layers, self.memory, self.dtype)
 
         def run_batch(batch: int) -> None:
             images = data.normalized(self.device, self.dtype, batch * size, (batch + 1) * size)
-            for _ in TreeRunner(tree, layers, self.memory, self.dtype).run(images):
+            for _ in runner.run(images):
                 pass
 
         run_all(run_batch, range(self.rank, batches, self.world))

@@ -144,9 +144,15 @@ def _backend(name: str | None, x: Tensor) -> Any:
     if name == "onednn" and _onednn_runs(x):
         return OneDNN
     if name == "onednn":
-        raise RuntimeError(f"backend onednn runs on CPU tensors where torch has oneDNN; this one is on {x.device}")
+        raise RuntimeError(
+            "backend onednn runs on CPU tensors in float32, or in bfloat16 where the processor has it; "
+            f"this one is {x.dtype} on {x.device}; use reference, or force none"
+        )
     raise RuntimeError(f"inference backend {name!r} is unknown; allowed are reference, onednn")
 
 
 def _onednn_runs(x: Tensor) -> bool:
-    return x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    # In bfloat16 oneDNN convolves with AVX-512 or AVX-NE-CONVERT only.
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

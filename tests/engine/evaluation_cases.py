@@ -54,8 +54,8 @@ def trained_like_supernet(space: Space, sharing: Sharing = "nested", seed: int =
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0, 0.3)
         supernet.classifier.weight.normal_()
-        images = torch.randn(64, 3, space.resolution, space.resolution)
-        for arch in fair_archs(space, seed=5, count=2 * space.max_live):
+        images = torch.randn(24, 3, space.resolution, space.resolution)
+        for arch in fair_archs(space, seed=5, count=space.max_live):
             supernet(images, arch)
     return supernet.eval()
 

@@ -7,9 +7,14 @@ import torch
 from torch.nn import functional as F
 
 import engine.evaluate as evaluate_module
+from engine.errors import UserError
 from engine.evaluate import Evaluator, Score
+from engine.folded import FoldedLayers
+from engine.prefix_tree import PrefixTree
+from engine.recalibration import StatisticsLayers
 from engine.sampling import fair_archs
 from engine.space import Arch, Space
+from engine.tree_runner import TreeRunner
 from tests.engine.evaluation_cases import (
     counts,
     loop_logits,
@@ -81,3 +86,124 @@ def test_memory_budget_and_chunks_do_not_change_scores(nested, bn):
         for a, b in zip(scores(budget, chunk), expected, strict=True):
             assert (a.correct1, a.correct5) == (b.correct1, b.correct5)
             assert a.loss == pytest.approx(b.loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("bn", ["running", "recalibrate"])
+def test_out_of_memory_takes_smaller_pieces_and_goes_on(nested, bn, monkeypatch):
+    data, training = random_images(70), random_images(32, seed=1)
+    archs = archs_of(SPACES["full"], count=18)
+
+    def evaluator() -> Evaluator:
+        return Evaluator(nested, data, bn=bn, recalibration=training)
+
+    expected = evaluator().evaluate(archs)
+    layers = FoldedLayers if bn == "running" else StatisticsLayers
+    block, limit, failures = layers.block, 24 if bn == "running" else 64, []
+
+    def failing(self, level, step, nodes, x):
+        if len(x) > limit:
+            failures.append(len(x))
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return block(self, level, step, nodes, x)
+
+    monkeypatch.setattr(layers, "block", failing)
+    scores = evaluator().evaluate(archs)
+    assert failures
+    assert [(s.correct1, s.correct5, s.images) for s in scores] == [
+        (s.correct1, s.correct5, s.images) for s in expected
+    ]
+    limit = 0
+    with pytest.raises(UserError, match="does not fit in the memory"):
+        evaluator().evaluate(archs)
+
+
+def test_other_errors_are_not_taken_for_memory(nested, monkeypatch):
+    def broken(self, level, step, nodes, x):
+        raise RuntimeError("expected 3 channels")
+
+    monkeypatch.setattr(FoldedLayers, "block", broken)
+    with pytest.raises(RuntimeError, match="expected 3 channels"):
+        Evaluator(nested, random_images(8)).evaluate(archs_of(SPACES["full"], count=3))
+
+
+def test_peak_memory_stays_in_the_budget(nested, monkeypatch):
+    """Outputs that are held at once, summed over the levels, against the activations part of a budget."""
+    data = random_images(64)
+    evaluator = Evaluator(nested, data, memory_budget_mib=1)
+    descend, held, peak = TreeRunner._descend, [0], [0]
+
+    def watched(self, level, nodes, inputs, first_input, budget):
+        size = sum(x.untyped_storage().nbytes() for x in {x.untyped_storage().data_ptr(): x for x in inputs}.values())
+        held[0] += size if level else 0
+        peak[0] = max(peak[0], held[0])
+        yield from descend(self, level, nodes, inputs, first_input, budget)
+        held[0] -= size if level else 0
+
+    monkeypatch.setattr(TreeRunner, "_descend", watched)
+    monkeypatch.setattr(evaluate_module, "worker_count", lambda device: 1)
+    evaluator.memory = replace(evaluator.memory, max_chunk=64)
+    evaluator.evaluate(archs_of(SPACES["full"], count=72))
+    assert 0 < peak[0] <= evaluator.memory.activations
+
+
+def test_time_grows_less_than_the_number_of_models(nested):
+    """In nodes, which are what costs: twice the models share the nodes that they have in common."""
+    space = SPACES["shrunk"]
+    nodes = [
+        sum(len(level) for level in PrefixTree(space, archs_of(space, count), 16).levels) for count in (16, 32, 64)
+    ]
+    assert nodes[1] < 2 * nodes[0]
+    assert nodes[2] < 2 * nodes[1]
+
+
+def test_worker_threads_give_the_scores_of_one_and_leave_torch_as_it_was(nested):
+    data, archs = random_images(50), archs_of(SPACES["full"], count=18)
+    before = torch.get_num_threads()
+    try:
+        scores = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            scores.append(Evaluator(nested, data).evaluate(archs))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert [s.correct1 for s in scores[0]] == [s.correct1 for s in scores[1]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bn": "frozen"}, "bn 'frozen' is unknown; allowed are running, recalibrate"),
+        ({"bn": "recalibrate"}, "needs at least 2 training images"),
+        ({"memory_budget_mib": 0}, "memory budget of 0 MiB is impossible; give at least 1"),
+    ],
+)
+def test_bad_arguments_are_explained(nested, arguments, message):
+    with pytest.raises(UserError, match=message):
+        Evaluator(nested, random_images(4), **arguments)
+
+
+def test_architectures_outside_the_space_and_empty_sets_are_refused(nested):
+    outside = archs_of(SPACES["full"])[0]
+    with pytest.raises(UserError, match="allowed are"):
+        Evaluator(nested, random_images(4)).evaluate([replace(outside, channels=(99, *outside.channels[1:]))])
+    with pytest.raises(UserError, match="no images"):
+        Evaluator(nested, random_images(0))
+    assert Evaluator(nested, random_images(4)).evaluate([]) == []
+
+
+def test_progress_is_silent_without_a_terminal(nested, capfd):
+    Evaluator(nested, random_images(8), progress=True).evaluate(archs_of(SPACES["full"], count=3))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_gpu_scores_equal_a_plain_loop():
+    supernet = trained_like_supernet(SPACES["full"])
+    data, archs = random_images(50), archs_of(SPACES["full"])
+    expected = counts(loop_logits(supernet, data, archs), data.labels)
+    supernet.to("cuda")
+    for dtype, tolerance in ((torch.float32, 0), (torch.bfloat16, 3)):
+        scores = Evaluator(supernet, data, device="cuda", dtype=dtype).evaluate(archs)
+        assert [s.correct1 for s in scores] == pytest.approx(expected, abs=tolerance)
