@@ -62,16 +62,16 @@ def train_pipeline(
         windows = config.augment != "none"
         path, label, mirror, *window = fn.external_source(source, num_outputs=5 if windows else 3, batch=True)
         cut = {"start": window[0], "shape": window[1], "axis_names": "HW"} if windows else {}
-        decoder = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
+        encoded, decoder = _read(path), "mixed" if gpu else "cpu"
         if config.augment == "resized-crop":
-            image = fn.decoders.image_slice(_read(path), **cut, **decoder)
+            image = fn.decoders.image_slice(encoded, **cut, device=decoder, output_type=types.RGB)
             image = fn.resize(image, size=size, antialias=True)
+        elif exact_size:
+            image = fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
         else:
-            image = fn.decoders.image(_read(path), **decoder)
-            if not exact_size:
-                image = _evaluation_transform(image, config)
-            if windows:
-                image = fn.slice(image, **cut, out_of_bounds_policy="pad", fill_values=0)
+            image = _evaluation_transform(encoded, config, decoder)
+        if config.augment == "pad-crop":
+            image = fn.slice(image, **cut, out_of_bounds_policy="pad", fill_values=0)
         image = fn.crop_mirror_normalize(
             image,
             mirror=mirror,
@@ -90,9 +90,7 @@ def decode_images(files: FileList, config: DataConfig) -> Iterator[npt.NDArray[n
 
     Always on the CPU, so that the same files give the same pixels on every machine.
     """
-    return _each_batch(
-        files, config, lambda encoded: _evaluation_transform(fn.decoders.image(encoded, output_type=types.RGB), config)
-    )
+    return _each_batch(files, config, lambda encoded: _evaluation_transform(encoded, config))
 
 
 def read_shapes(files: FileList, config: DataConfig) -> Iterator[npt.NDArray[np.int64]]:
@@ -166,11 +164,19 @@ def _read(path: DataNode) -> DataNode:
     return fn.io.file.read(path, dont_use_mmap=True)  # mapping costs 10 us a file more than reading, at 500 bytes
 
 
-def _evaluation_transform(image: DataNode, config: DataConfig) -> DataNode:
+def _evaluation_transform(encoded: DataNode, config: DataConfig, device: str = "cpu") -> DataNode:
+    """Decode, then an exact resize, or torchvision's Resize and CenterCrop with its rounding, to the pixel."""
+    image = fn.decoders.image(encoded, device=device, output_type=types.RGB)
     size = (config.resolution, config.resolution)
     if config.resize is None:
         return fn.resize(image, size=size, antialias=True)
-    return fn.crop(fn.resize(image, resize_shorter=config.resize, antialias=True), crop=size)
+    shape = fn.peek_image_shape(encoded)[0:2]
+    resized = shape * config.resize // nvidia.dali.math.min(shape[0], shape[1])
+    margin = resized - config.resolution
+    half = margin // 2
+    start = half + (margin - 2 * half) * (half - half // 2 * 2)  # round(margin / 2), halves to even
+    image = fn.resize(image, size=fn.cast(resized, dtype=types.FLOAT), antialias=True)
+    return fn.slice(image, start=fn.cast(start, dtype=types.INT32), shape=size, axis_names="HW")
 
 
 def _build(

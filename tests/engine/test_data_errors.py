@@ -35,7 +35,10 @@ def cache(tmp_path):
         ({"threads": -1}, "threads is -1; it must be at least 0"),
         ({"prefetch": 0}, "prefetch is 0; it must be at least 1"),
         ({"resize": 15}, "resize 15 is below resolution 16; make it at least as large"),
-        ({"crop_scale": (0.5, 0.2)}, "crop_scale is (0.5, 0.2); it must be two shares of the area with 0 < low <= high <= 1"),
+        (
+            {"crop_scale": (0.5, 0.2)},
+            "crop_scale is (0.5, 0.2); it must be two shares of the area with 0 < low <= high <= 1",
+        ),
         ({"std": (1.0, 0.0, 1.0)}, "mean and std need three values each, and std must be positive"),
     ],
 )
@@ -76,8 +79,7 @@ def test_no_classes(folder, cache):
 def test_class_only_in_val(folder, cache):
     shutil.rmtree(folder / "train" / "bee")
     assert open_error(folder, cache) == (
-        f"class bee is in {folder}/val but not in train/ (1 such); "
-        "add its training images or remove it from val/"
+        f"class bee is in {folder}/val but not in train/ (1 such); add its training images or remove it from val/"
     )
 
 
@@ -218,8 +220,7 @@ def test_broken_training_image_is_named(folder, cache, kind, augment):
     broken = dataset.train.path(4)
     break_file(broken, kind)
     with pytest.raises(UserError) as caught:
-        loader = TrainLoader(dataset.train, config, batch_size=5, seed=0, drop_last=False)
-        list(loader.epoch(0))
+        list(TrainLoader(dataset.train, config, batch_size=5, seed=0, drop_last=False).epoch(0))
     assert str(caught.value) == f"image {broken} {BROKEN[kind][1]}; remove or replace it"
 
 

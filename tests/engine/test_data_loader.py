@@ -1,0 +1,246 @@
+"""Training batches: which images, in which order, which pixels, and where a run can begin."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.data import DataConfig, open_dataset
+from engine.evaluation_set import evaluation_set
+from engine.loader import TrainLoader
+from engine.order import EpochOrder, sample_uniform
+from tests.engine.data_cases import folder_config, write_image_folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    return write_image_folder(root / "images"), root / "cache"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    config = DataConfig(cache_dir=str(tmp_path_factory.mktemp("digits")), threads=1)
+    return open_dataset(config), config
+
+
+def loader_over(place, config=None, **settings):
+    config = config or folder_config(*place)
+    settings = {"batch_size": 4, "seed": 7} | settings
+    return TrainLoader(open_dataset(config).train, config, **settings)
+
+
+def batches(loader, epoch=0, start=0):
+    return [(images.clone(), labels.clone()) for images, labels in loader.epoch(epoch, start)]
+
+
+def assert_equal(first, second):
+    assert len(first) == len(second) > 0
+    for (images_a, labels_a), (images_b, labels_b) in zip(first, second, strict=True):
+        assert torch.equal(images_a, images_b)
+        assert torch.equal(labels_a, labels_b)
+
+
+# Order: pure arithmetic
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_every_sample_once_per_epoch(world_size, drop_last):
+    samples, global_batch = 101, 12
+    seen = []
+    for rank in range(world_size):
+        order = EpochOrder(
+            samples, global_batch=global_batch, seed=3, rank=rank, world_size=world_size, drop_last=drop_last
+        )
+        for step in range(order.steps):
+            part = order.rank_batch(2, step)
+            assert 1 <= len(part) <= global_batch // world_size
+            seen.extend(part.tolist())
+    assert len(seen) == len(set(seen)) == (96 if drop_last else samples)
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_union_of_ranks_is_the_same_batch_for_every_number_of_ranks(drop_last):
+    def union(world_size, epoch, step):
+        parts = [
+            EpochOrder(101, global_batch=12, seed=3, rank=rank, world_size=world_size, drop_last=drop_last)
+            for rank in range(world_size)
+        ]
+        return np.concatenate([order.rank_batch(epoch, step) for order in parts]).tolist()
+
+    for epoch in (0, 5):
+        for step in range(8):
+            assert len({tuple(union(world_size, epoch, step)) for world_size in (1, 2, 3, 4)}) == 1
+    assert union(1, 0, 0) != union(1, 1, 0)
+
+
+def test_order_depends_on_the_seed_and_the_epoch_only():
+    def epoch(seed, number):
+        order = EpochOrder(50, global_batch=10, seed=seed, rank=0, world_size=1, drop_last=True)
+        order.rank_batch(number + 1, 0)  # what was asked before must not matter
+        return np.concatenate([order.rank_batch(number, step) for step in range(5)]).tolist()
+
+    assert epoch(1, 0) == epoch(1, 0)
+    assert len({tuple(epoch(seed, number)) for seed in (1, 2) for number in (0, 1)}) == 4
+
+
+def test_sample_random_numbers_are_uniform_and_independent_of_the_batch():
+    everything = sample_uniform(5, 2, np.arange(20000), 4)
+    assert np.array_equal(sample_uniform(5, 2, np.array([17, 3]), 4), everything[[17, 3]])
+    assert np.array_equal(sample_uniform(5, 2, np.arange(9), 2), everything[:9, :2])
+    assert everything.min() >= 0
+    assert everything.max() < 1
+    for column in everything.T:
+        counts = np.histogram(column, 20, (0, 1))[0]
+        assert ((counts - 1000) ** 2 / 1000).sum() < 43.8  # chi-square with 19 degrees of freedom, p = 0.001
+    others = [sample_uniform(6, 2, np.arange(20000), 4), sample_uniform(5, 3, np.arange(20000), 4)]
+    columns = np.concatenate([everything, *others], 1)
+    correlation = np.corrcoef(columns.T) - np.eye(columns.shape[1])
+    assert np.abs(correlation).max() < 0.03  # four standard deviations of independent columns
+
+
+# Batches through DALI
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_digits_pass_exactly_once_whatever_the_number_of_ranks(digits, world_size):
+    """Images of one epoch, gathered over ranks, are the whole training set; each with its own label."""
+    dataset, config = digits
+    exact = DataConfig(cache_dir=config.cache_dir, threads=1, augment="none")
+    reference = evaluation_set(dataset.train, exact)
+    expected = {image.tobytes(): label for image, label in zip(reference.images, reference.labels, strict=True)}
+    seen = []
+    for rank in range(world_size):
+        loader = TrainLoader(
+            dataset.train,
+            exact,
+            batch_size=240 // world_size,
+            seed=1,
+            rank=rank,
+            world_size=world_size,
+            drop_last=False,
+        )
+        for images, labels in loader.epoch(0):
+            pixels = ((images * 0.25 + 0.5) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+            for image, label in zip(pixels, labels.tolist(), strict=True):
+                assert expected[image.tobytes()] == label
+                seen.append(image.tobytes())
+    originals = sorted(image.tobytes() for image in reference.images)
+    assert sorted(seen) == originals
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_see_the_pixels_of_one_process(place, world_size):
+    alone = batches(loader_over(place, batch_size=12), epoch=1)
+    parts = [
+        batches(loader_over(place, batch_size=12 // world_size, rank=rank, world_size=world_size), epoch=1)
+        for rank in range(world_size)
+    ]
+    together = [
+        (torch.cat([images for images, _ in step]), torch.cat([labels for _, labels in step]))
+        for step in zip(*parts, strict=True)
+    ]
+    assert_equal(alone, together)
+
+
+@pytest.mark.parametrize("augment", ["resized-crop", "pad-crop", "none"])
+def test_one_seed_gives_the_same_pixels_for_any_threads_and_prefetch(place, augment):
+    first = batches(loader_over(place, folder_config(*place, augment=augment)))
+    config = folder_config(*place, augment=augment, threads=3, prefetch=4)
+    assert_equal(first, batches(loader_over(place, config)))
+
+
+@pytest.mark.parametrize(("epoch", "start"), [(0, 3), (1, 0), (1, 5), (4, 2)])
+def test_starting_at_a_step_gives_what_an_uninterrupted_run_sees(place, epoch, start):
+    uninterrupted = loader_over(place)
+    for before in range(epoch):
+        batches(uninterrupted, before)
+    assert_equal(batches(uninterrupted, epoch)[start:], batches(loader_over(place), epoch, start))
+
+
+def test_jumping_back_and_forth_within_one_loader(place):
+    loader = loader_over(place)
+    expected = {epoch: batches(loader_over(place), epoch) for epoch in (0, 1, 2)}
+    iterator = loader.epoch(1)
+    for _ in range(2):
+        next(iterator)
+    for epoch, start in ((1, 1), (0, 4), (2, 5), (0, 0)):
+        assert_equal(batches(loader, epoch, start), expected[epoch][start:])
+
+
+def test_augmentation_differs_between_epochs_and_seeds(place):
+    def by_content(seed, epoch):
+        return {images.numpy().tobytes() for images, _ in batches(loader_over(place, batch_size=1, seed=seed), epoch)}
+
+    assert not by_content(7, 0) & by_content(7, 1)
+    assert not by_content(7, 0) & by_content(8, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_layout_type_and_normalisation(place, dtype):
+    config = folder_config(*place, augment="none", mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.4))
+    loader = loader_over(place, config, batch_size=27, dtype=dtype)
+    images, labels = next(loader.epoch(0))
+    assert images.shape == (27, 3, 24, 24)
+    assert images.dtype == dtype
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.dtype == torch.int64
+    order = EpochOrder(27, global_batch=27, seed=7, rank=0, world_size=1, drop_last=True).rank_batch(0, 0)
+    expected = evaluation_set(open_dataset(config).train, config).normalized("cpu", dtype)
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    unflipped = (images.float() - expected[order].float()).abs().amax((1, 2, 3))
+    flipped = (images.float().flip(3) - expected[order].float()).abs().amax((1, 2, 3))
+    assert torch.minimum(unflipped, flipped).max() <= tolerance
+    assert 0 < (flipped < unflipped).sum() < 27
+
+
+def test_pad_crop_shifts_the_image_into_black_borders(place):
+    config = folder_config(*place, augment="pad-crop", pad=4, flip=False, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    whole = evaluation_set(open_dataset(config).train, config)
+    padded = np.pad(whole.images, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    loader = loader_over(place, config, batch_size=27)
+    order = EpochOrder(27, global_batch=27, seed=7, rank=0, world_size=1, drop_last=True)
+    shifts = set()
+    for epoch in range(6):
+        images, _ = next(loader.epoch(epoch))
+        pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        for image, index in zip(pixels, order.rank_batch(epoch, 0), strict=True):
+            windows = [(y, x) for y in range(9) for x in range(9)]
+            found = [(y, x) for y, x in windows if np.array_equal(padded[index, y : y + 24, x : x + 24], image)]
+            assert found
+            shifts.update(found)
+    assert {y for y, _ in shifts} == {x for _, x in shifts} == set(range(9))
+
+
+def test_waiting_is_counted(place):
+    loader = loader_over(place)
+    assert loader.wait_seconds == 0
+    waited = []
+    for epoch in range(2):
+        batches(loader, epoch)
+        waited.append(loader.wait_seconds)
+    assert 0 < waited[0] < waited[1]
+
+
+def test_steps_per_epoch(place):
+    assert loader_over(place, batch_size=4).steps_per_epoch == 6
+    assert loader_over(place, batch_size=4, drop_last=False).steps_per_epoch == 7
+    assert len(batches(loader_over(place, batch_size=4, drop_last=False))) == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU for mixed decoding")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("augment", ["resized-crop", "pad-crop", "none"])
+def test_gpu_batches_match_the_cpu(place, augment, dtype):
+    config = folder_config(*place, augment=augment)
+    on_cpu = batches(loader_over(place, config))
+    on_gpu = batches(loader_over(place, config, device="cuda", dtype=dtype))
+    assert len(on_cpu) == len(on_gpu)
+    for (expected, labels), (images, gpu_labels) in zip(on_cpu, on_gpu, strict=True):
+        assert images.is_cuda
+        assert images.dtype == dtype
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(labels, gpu_labels.cpu())
+        difference = (images.cpu().float() - expected).abs() * 0.25 * 255  # grey levels; nvJPEG rounds differently
+        assert difference.mean() < 1.5
