@@ -11,30 +11,24 @@ split over the ranks of torch.distributed; counts are summed, so the result does
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import distributed as dist
 
-from engine.chunk_counter import Advance, ChunkCounter, Counts, Images
-from engine.chunk_workers import RunAll, chunk_workers, worker_count
+from engine.chunk_workers import worker_count
+from engine.early_decisions import Placement, Quotas, place_early
 from engine.errors import UserError
 from engine.evaluation_progress import EvaluationProgress
-from engine.folded import FoldedLayers
-from engine.memory import MIB, Memory, is_out_of_memory
-from engine.prefix_tree import PrefixTree
-from engine.recalibration import (
-    RecalibratedLayers,
-    StatisticsLayers,
-    TreeStatistics,
-    statistics_bytes,
-)
+from engine.memory import Memory
+from engine.rounds import Ranks, RoundRunner, recalibration_batch
+from engine.scored_images import Images, ScoredImages
 from engine.space import Arch
 from engine.store import EvaluationStore, StoreKey, Tally
 from engine.supernet import Supernet
-from engine.tree_runner import Layers, TreeRunner
 
 BatchNormMode = Literal["running", "recalibrate"]
 """Which statistics score a subnet.
@@ -42,11 +36,6 @@ BatchNormMode = Literal["running", "recalibrate"]
 - `running`: those that training left in each operation (the paper's way).
 - `recalibrate`: each subnet's own, from training images (SPOS, OFA).
 """
-
-RECALIBRATION_BATCH = 128
-"""Images per batch of recalibration; a smaller set is one batch."""
-RECALIBRATION_PART = 512
-"""Architectures that are recalibrated and then scored together: what a kill can lose."""
 
 
 class Score(NamedTuple):
@@ -78,7 +67,7 @@ class Evaluator:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         memory_budget_mib: int | None = None,
-        store: Path | str | None = None,
+        store: EvaluationStore | Path | str | None = None,
         progress: bool = True,
     ) -> None:
         if bn not in get_args(BatchNormMode):
@@ -91,145 +80,102 @@ class Evaluator:
         if len(data.labels) == 0:
             raise UserError("the evaluation set has no images; give at least one")
         self.supernet = supernet
-        self.data = data
         self.bn = bn
-        self.recalibration = recalibration if bn == "recalibrate" else None
         self.device = torch.device(device)
         self.dtype = dtype
-        self.memory = Memory.plan(self.device, memory_budget_mib, worker_count(self.device))
         self.progress = progress
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.ranks = Ranks.current()
+        self.memory = Memory.plan(self.device, memory_budget_mib, worker_count(self.device))
+        self.data = ScoredImages(data, self.device, self.memory.images)
+        self.recalibration = (
+            ScoredImages(recalibration, self.device, 0) if bn == "recalibrate" and recalibration is not None else None
+        )
         # Only rank 0 reads and writes the file; the others get what it knows.
-        self.store = EvaluationStore(store if self.rank == 0 else None)
+        opened = isinstance(store, EvaluationStore)
+        self.store = store if opened else EvaluationStore(store if self.ranks.rank == 0 else None)
+        mode = f"{bn} {str(dtype).removeprefix('torch.')}"
+        if self.recalibration is not None and recalibration is not None:
+            mode += f" {recalibration.fingerprint} batch {recalibration_batch(len(self.recalibration))}"
+        self._fingerprints = (data.fingerprint, mode)
 
     def evaluate(self, archs: Sequence[Arch]) -> list[Score]:
         """The scores of architectures, in order. Repeated and stored ones cost nothing.
 
         Raises `UserError` for an architecture outside the supernet's space, or when one image does not fit in memory.
         """
+        images = len(self.data)
+        with self._job("evaluating subnets", archs) as job:
+            while pending := [arch for arch in job.tallies if job.tallies[arch].seen < images]:
+                # Those that a killed evaluation left furthest behind catch up first; then all go on together.
+                seen = {arch: job.tallies[arch].seen for arch in pending}
+                start = min(seen.values())
+                stop = min((s for s in seen.values() if s > start), default=images)
+                job.run([arch for arch in pending if seen[arch] == start], start, stop)
+        return [_score(job.tallies[arch]) for arch in archs]
+
+    def place(self, archs: Sequence[Arch], quotas: Quotas, *, confidence: float = 0.999) -> Placement:
+        """Which architectures are the best and the worst, each evaluated only until its place is certain.
+
+        Raises `UserError` as `evaluate` does, for impossible quotas, for a confidence that is none, and with
+        recalibrated statistics, which would have to be computed for all anyway.
+        """
+        quotas.check(len(archs))
+        if not 0.5 < confidence < 1:
+            raise UserError(f"confidence {confidence} is no confidence; give a number between 0.5 and 1, as 0.999")
+        if self.recalibration is not None:
+            raise UserError("early decisions need bn running; evaluate all images to score with bn recalibrate")
+        with self._job("placing subnets", archs) as job:
+            return place_early(archs, quotas, confidence, len(self.data), job.tallies, job.run)
+
+    # ---- one call
+
+    @contextmanager
+    def _job(self, title: str, archs: Sequence[Arch]) -> Iterator["_Job"]:
         for arch in archs:
             self.supernet.space.check(arch)
-        distinct = list(dict.fromkeys(archs))
-        key = self._key()
-        tallies = self._known(key, distinct)
-        images = len(self.data.labels)
-        missing = sum(images - tally.seen for tally in tallies.values())
-        shown = self.progress and self.rank == 0 and missing > 0
-        with EvaluationProgress(shown, "evaluating subnets", missing) as bar:
-            advance = lambda model_images: bar.advance(model_images * self.world)  # noqa: E731
-            while pending := [arch for arch in distinct if tallies[arch].seen < images]:
-                # Those that a killed evaluation left furthest behind catch up first; then all go on together.
-                start = min(tallies[arch].seen for arch in pending)
-                stop = min((tallies[arch].seen for arch in pending if tallies[arch].seen > start), default=images)
-                behind = [arch for arch in pending if tallies[arch].seen == start]
-                for part in self._parts(behind):
-                    for counts in self._count(part, start, stop, advance):
-                        for arch, count in zip(part, counts, strict=True):
-                            tallies[arch] = tallies[arch].plus(count)
-                        if self.rank == 0:
-                            self.store.save(key, {str(arch): tallies[arch] for arch in part})
-        return [_score(tallies[arch]) for arch in archs]
-
-    # ---- what is known
-
-    def _key(self) -> StoreKey:
-        mode = f"{self.bn} {str(self.dtype).removeprefix('torch.')}"
-        if self.recalibration is not None:
-            mode += f" {self.recalibration.fingerprint} batch {self._recalibration_batch}"
-        return StoreKey(weights_fingerprint(self.supernet), self.data.fingerprint, mode)
+        key = StoreKey(weights_fingerprint(self.supernet), *self._fingerprints)
+        tallies = self._known(key, list(dict.fromkeys(archs)))
+        missing = sum(len(self.data) - tally.seen for tally in tallies.values())
+        with EvaluationProgress(self.progress and self.ranks.rank == 0 and missing > 0, title, missing) as bar:
+            runner = RoundRunner(
+                self.supernet,
+                self.data,
+                self.recalibration,
+                memory=self.memory,
+                device=self.device,
+                dtype=self.dtype,
+                ranks=self.ranks,
+                advance=bar.advance,
+            )
+            yield _Job(runner, self.store if self.ranks.rank == 0 else None, key, tallies)
 
     def _known(self, key: StoreKey, archs: Sequence[Arch]) -> dict[Arch, Tally]:
-        stored = self.store.load(key) if self.rank == 0 else {}
+        stored = self.store.load(key) if self.ranks.rank == 0 else {}
         tallies = [stored.get(str(arch), Tally()) for arch in archs]
-        if self.world > 1:
+        if self.ranks.world > 1:
             box = [tallies]
             dist.broadcast_object_list(box, src=0)
             tallies = box[0]
         return dict(zip(archs, tallies, strict=True))
 
-    @property
-    def _recalibration_batch(self) -> int:
-        assert self.recalibration is not None
-        return min(RECALIBRATION_BATCH, len(self.recalibration.labels))
 
-    # ---- counting
+@dataclass
+class _Job:
+    """The work of one call: what is known of its architectures, and how to know more."""
 
-    def _parts(self, archs: Sequence[Arch]) -> list[list[Arch]]:
-        """The architectures that run together: all, or as many as have room for statistics of their own."""
-        if self.recalibration is None:
-            return [list(archs)]
-        space = self.supernet.space
-        largest = max(statistics_bytes(space.supernet_dims(arch), space.tail_channels) for arch in archs)
-        size = max(1, min(RECALIBRATION_PART, self.memory.statistics // largest))
-        ordered = sorted(archs, key=lambda arch: arch.operations)
-        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    runner: RoundRunner
+    store: EvaluationStore | None
+    key: StoreKey
+    tallies: dict[Arch, Tally]
 
-    def _count(self, archs: Sequence[Arch], start: int, stop: int, advance: Advance) -> Iterator[list[Tally]]:
-        """Score images start..stop-1, round by round; each yields the counts of that round for every architecture.
-
-        In a round every worker of every rank takes one chunk of images. Rounds begin and end where they would if
-        nothing had been counted before, so an evaluation that was killed ends with the same sums.
-        """
-        tree = PrefixTree(self.supernet.space, archs, self.data.images.shape[1])
-        workers = worker_count(self.device)
-        with chunk_workers(workers) as run_all:
-            counter = ChunkCounter(
-                tree, self._layers(tree, run_all), self.data, self.memory, self.device, self.dtype, advance
-            )
-            chunks = self.world * workers
-            grid = even_bounds(0, len(self.data.labels), counter.chunk * chunks)
-            rounds = [start, *(bound for bound in grid if start < bound < stop), stop]
-            for first, last in pairwise(rounds):
-                bounds = [first + (last - first) * i // chunks for i in range(chunks + 1)]
-                mine = list(pairwise(bounds))[self.rank * workers : (self.rank + 1) * workers]
-                counts = Counts.sum(run_all(counter.count, mine))
-                yield counts.summed_over_ranks(self.world).tallies(last - first)
-
-    def _layers(self, tree: PrefixTree, run_all: RunAll) -> Layers:
-        if self.recalibration is None:
-            return FoldedLayers(self.supernet, tree, self.dtype)
-        return RecalibratedLayers(self.supernet, tree, self._recalibrate(tree, run_all), self.dtype)
-
-    def _recalibrate(self, tree: PrefixTree, run_all: RunAll) -> TreeStatistics:
-        """The statistics of every node. Out of memory, it starts again and holds half as many nodes at once."""
-        while True:
-            try:
-                return self._run_recalibration(tree, run_all)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self.memory.activations < MIB:
-                    raise UserError(
-                        f"a batch of {self._recalibration_batch} images does not fit in the memory of {self.device}; "
-                        "end other programs there, or score with bn running"
-                    ) from None
-                self.memory = self.memory.halved()
-
-    def _run_recalibration(self, tree: PrefixTree, run_all: RunAll) -> TreeStatistics:
-        """Run the recalibration images through the tree; batches are shared out over ranks and workers."""
-        assert self.recalibration is not None
-        data, size = self.recalibration, self._recalibration_batch
-        batches = len(data.labels) // size
-        statistics = TreeStatistics.zeros(self.supernet, tree, batches)
-        layers = StatisticsLayers(self.supernet, statistics, self.dtype)
-        runner = TreeRunner(tree, layers, self.memory, self.dtype)
-
-        def run_batch(batch: int) -> None:
-            images = data.normalized(self.device, self.dtype, batch * size, (batch + 1) * size)
-            for _ in runner.run(images):
-                pass
-
-        run_all(run_batch, range(self.rank, batches, self.world))
-        if self.world > 1:
-            for tensor in statistics.tensors():
-                dist.all_reduce(tensor)
-        return statistics
-
-
-def even_bounds(start: int, stop: int, largest: int) -> list[int]:
-    """Cut start..stop-1 into as few nearly equal ranges as are at most `largest` long; their ends in order."""
-    ranges = -(-(stop - start) // largest)
-    return [start + (stop - start) * i // ranges for i in range(ranges + 1)]
+    def run(self, archs: Sequence[Arch], start: int, stop: int) -> None:
+        """Add images start..stop-1 to the tallies of architectures that saw the `start` before; saved every round."""
+        for part in self.runner.parts(archs):
+            for counts in self.runner.rounds(part, start, stop):
+                for arch, tally in zip(part, counts.tallies(), strict=True):
+                    self.tallies[arch] = self.tallies[arch].plus(tally)
+                if self.store is not None:
+                    self.store.save(self.key, {str(arch): self.tallies[arch] for arch in part})
 
 
 def weights_fingerprint(supernet: Supernet) -> str:

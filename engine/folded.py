@@ -112,31 +112,36 @@ class Classifier:
 
 
 class FoldedLayers:
-    """The layers of a supernet with its running statistics, each that the tree needs folded once."""
+    """The layers of a supernet with its running statistics, each that a tree needs folded once."""
 
     whole_batches = False
 
-    def __init__(self, supernet: Supernet, tree: PrefixTree, dtype: torch.dtype) -> None:
+    def __init__(self, supernet: Supernet, resolution: int, dtype: torch.dtype) -> None:
+        self.supernet = supernet
+        self.dtype = dtype
         stem_norms = (supernet.stem_bn, *supernet.separable_norms[1:])
-        self.stem = Stem(supernet, [fold_norm(norm) for norm in stem_norms], tree.resolution, dtype)
+        self.stem = Stem(supernet, [fold_norm(norm) for norm in stem_norms], resolution, dtype)
         self.classify = Classifier(supernet, dtype)
-        self._blocks: list[dict[Step, FoldedBlock]] = []
+        self._blocks: dict[tuple[int, Step], FoldedBlock] = {}
+        self._tails: dict[int, FoldedConv] = {}
+
+    def prepare(self, tree: PrefixTree) -> None:
+        """Fold what the tree needs and no earlier one did."""
         for i, level in enumerate(tree.levels):
-            blocks = {}
             for step in level.step_counts():
-                shape = BlockShape(*step.dims)
-                weights = sliced_weights(supernet.block_weights(i, step.operation), shape)
-                norms = [fold_norm(norm) for norm in supernet.block_norms(i, step.operation)]
-                blocks[step] = fold_block(weights, norms, shape, level.in_size, dtype)
-            self._blocks.append(blocks)
-        self._tails = {}
-        for width in tree.final_widths():
-            conv = fold(supernet.tail_weight[:, :width], fold_norm(supernet.tail_norm(width)), dtype)
+                if (i, step) not in self._blocks:
+                    shape = BlockShape(*step.dims)
+                    weights = sliced_weights(self.supernet.block_weights(i, step.operation), shape)
+                    norms = [fold_norm(norm) for norm in self.supernet.block_norms(i, step.operation)]
+                    self._blocks[i, step] = fold_block(weights, norms, shape, level.in_size, self.dtype)
+        for width in tree.final_widths() - self._tails.keys():
+            norm = fold_norm(self.supernet.tail_norm(width))
+            conv = fold(self.supernet.tail_weight[:, :width], norm, self.dtype)
             self._tails[width] = conv._replace(weight=packed_pointwise(conv.weight, tree.levels[-1].out_size))
 
     def block(self, level: int, step: Step, nodes: range, x: Tensor) -> Tensor:
         """One step for a batch of nodes: x [nodes * n, in, H, W] -> [nodes * n, out, H', W']."""
-        return self._blocks[level][step](x)
+        return self._blocks[level, step](x)
 
     def tail(self, width: int, leaves: Sequence[int], x: Tensor) -> Tensor:
         """The leaves' outputs x [leaves * n, width, H, W] -> logits [leaves * n, classes]."""

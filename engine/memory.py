@@ -21,7 +21,7 @@ GPU_CHUNK = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """A budget and its division; `activations` + `workspace` of all workers and `statistics` never exceed it."""
+    """A budget and its division; the parts, those of all workers together, never exceed it."""
 
     activations: int
     """Bytes for outputs of nodes whose subtrees are not finished."""
@@ -29,6 +29,8 @@ class Memory:
     """Bytes for inputs and hidden activations of one kernel call."""
     statistics: int
     """Bytes for recalibrated statistics."""
+    images: int
+    """Bytes for the evaluation set as uint8; a larger one stays in host memory."""
     max_chunk: int
     """Most images of one pass through the tree."""
 
@@ -46,9 +48,11 @@ class Memory:
                 activations=min(budget // 2 // workers, CPU_ACTIVATIONS),
                 workspace=min(budget // 4 // workers, CPU_WORKSPACE),
                 statistics=budget // 4,
+                images=0,
                 max_chunk=CPU_CHUNK,
             )
-        return cls(activations=budget // 2, workspace=budget // 4, statistics=budget // 4, max_chunk=GPU_CHUNK)
+        quarter = budget // 4
+        return cls(activations=quarter, workspace=quarter, statistics=quarter, images=quarter, max_chunk=GPU_CHUNK)
 
     def halved(self) -> "Memory":
         """For one who ran out of memory: half as much for activations and workspace."""

@@ -1,32 +1,48 @@
 """Every subnet evaluation, in one SQLite file: nothing is evaluated twice, and a killed evaluation goes on.
 
-A row holds the counts of one architecture on the first `seen` images of an evaluation set. Rows are written in one
+A row holds the answers of one architecture to the first `seen` images of an evaluation set. Rows are written in one
 transaction per batch of work, so a process killed at any moment loses at most the batch that was running.
 """
 
 import sqlite3
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from engine.errors import UserError
 
 
-class Tally(NamedTuple):
-    """Counts over the first `seen` images of an evaluation set."""
+@dataclass(frozen=True)
+class Tally:
+    """What an architecture answered to the first `seen` images of an evaluation set, in visiting order."""
 
     seen: int = 0
-    correct1: int = 0
     correct5: int = 0
     loss_sum: float = 0.0
+    bits: bytes = b""
+    """Which first answers are right, a bit per image (numpy.packbits)."""
+
+    @classmethod
+    def of(cls, answers: np.ndarray, correct5: int, loss_sum: float) -> "Tally":
+        """From right or wrong first answers, bool [seen]."""
+        return cls(len(answers), correct5, loss_sum, np.packbits(answers).tobytes())
+
+    @property
+    def answers(self) -> np.ndarray:
+        """Right or wrong first answers, bool [seen]."""
+        return np.unpackbits(np.frombuffer(self.bits, np.uint8), count=self.seen).astype(bool)
+
+    @property
+    def correct1(self) -> int:
+        return int(self.answers.sum())
 
     def plus(self, other: "Tally") -> "Tally":
-        return Tally(
-            self.seen + other.seen,
-            self.correct1 + other.correct1,
-            self.correct5 + other.correct5,
-            self.loss_sum + other.loss_sum,
-        )
+        """This on the images before, `other` on those that follow."""
+        answers = np.concatenate([self.answers, other.answers])
+        return Tally.of(answers, self.correct5 + other.correct5, self.loss_sum + other.loss_sum)
 
 
 class StoreKey(NamedTuple):
@@ -43,7 +59,7 @@ class StoreKey(NamedTuple):
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS evaluations (
     weights TEXT NOT NULL, images TEXT NOT NULL, mode TEXT NOT NULL, arch TEXT NOT NULL,
-    seen INTEGER NOT NULL, correct1 INTEGER NOT NULL, correct5 INTEGER NOT NULL, loss_sum REAL,
+    seen INTEGER NOT NULL, correct1 INTEGER NOT NULL, correct5 INTEGER NOT NULL, loss_sum REAL, answers BLOB NOT NULL,
     PRIMARY KEY (weights, images, mode, arch)
 ) WITHOUT ROWID
 """
@@ -60,6 +76,7 @@ class EvaluationStore:
             self._database = sqlite3.connect(":memory:" if path is None else path, timeout=60)
             with self._database:
                 self._database.execute(_SCHEMA)
+                self._database.execute("SELECT answers FROM evaluations LIMIT 0")
         except sqlite3.Error as error:
             raise UserError(
                 f"cannot use {path} as the file of evaluations: {error}; "
@@ -69,20 +86,23 @@ class EvaluationStore:
     def load(self, key: StoreKey) -> dict[str, Tally]:
         """All tallies under a key, by architecture."""
         rows = self._database.execute(
-            "SELECT arch, seen, correct1, correct5, loss_sum FROM evaluations "
+            "SELECT arch, seen, correct5, loss_sum, answers FROM evaluations "
             "WHERE weights = ? AND images = ? AND mode = ?",
             key,
         )
         return {
-            arch: Tally(seen, correct1, correct5, float("nan") if loss_sum is None else loss_sum)
-            for arch, seen, correct1, correct5, loss_sum in rows
+            arch: Tally(seen, correct5, float("nan") if loss_sum is None else loss_sum, answers)
+            for arch, seen, correct5, loss_sum, answers in rows
         }
 
     def save(self, key: StoreKey, tallies: Mapping[str, Tally]) -> None:
         """Write or replace the tallies of some architectures, all or none of them."""
-        rows = [(*key, arch, *tally) for arch, tally in tallies.items()]
+        rows = [
+            (*key, arch, tally.seen, tally.correct1, tally.correct5, tally.loss_sum, tally.bits)
+            for arch, tally in tallies.items()
+        ]
         with self._database:
-            self._database.executemany("INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            self._database.executemany("INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def close(self) -> None:
         self._database.close()

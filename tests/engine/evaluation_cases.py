@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.sampling import fair_archs
+from engine.scored_images import visiting_order
 from engine.space import Arch, Cluster, Space
 from engine.supernet import Sharing, Supernet
 
@@ -67,10 +68,13 @@ class ArrayImages:
     images: np.ndarray
     labels: np.ndarray
     fingerprint: str = "array"
+    mean: tuple[float, float, float] = (0.4, 0.5, 0.6)
+    std: tuple[float, float, float] = (0.2, 0.25, 0.3)
 
-    def normalized(self, device: torch.device, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-        x = torch.from_numpy(self.images[start:stop]).to(device).permute(0, 3, 1, 2).float()
-        return ((x / 255 - 0.5) / 0.25).to(dtype)
+    def normalized(self, chosen: Sequence[int] | slice = slice(None)) -> Tensor:
+        """[n, 3, H, W], channels_last."""
+        x = torch.from_numpy(self.images[chosen]).float() / 255
+        return ((x - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(0, 3, 1, 2)
 
 
 def random_images(count: int, *, resolution: int = 16, classes: int = 7, seed: int = 0) -> ArrayImages:
@@ -82,7 +86,7 @@ def random_images(count: int, *, resolution: int = 16, classes: int = 7, seed: i
 @torch.no_grad()
 def loop_logits(supernet: Supernet, data: ArrayImages, archs: Sequence[Arch]) -> Tensor:
     """Logits [archs, N, classes], one network after another in eval mode."""
-    images = data.normalized(torch.device("cpu"), torch.float32, 0, len(data.labels))
+    images = data.normalized()
     supernet.eval()
     return torch.stack([supernet(images, arch) for arch in archs])
 
@@ -95,8 +99,9 @@ def recalibrated_alone(supernet: Supernet, data: ArrayImages, arch: Arch, batch:
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None
-    for start in range(0, len(data.labels) // batch * batch, batch):
-        alone(data.normalized(torch.device("cpu"), torch.float32, start, start + batch), arch)
+    order = visiting_order(len(data.labels))
+    for start in range(0, len(order) // batch * batch, batch):
+        alone(data.normalized(order[start : start + batch]), arch)
     return alone.eval()
 
 

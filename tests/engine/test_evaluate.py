@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import engine.evaluate as evaluate_module
+from engine import rounds
 from engine.errors import UserError
 from engine.evaluate import Evaluator, Score
 from engine.folded import FoldedLayers
@@ -56,8 +56,8 @@ def test_scores_equal_a_plain_loop(space, sharing):
 @pytest.mark.parametrize("sharing", ["nested", "channels"])
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 def test_recalibrated_scores_equal_recalibrating_each_subnet_alone(space, sharing, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "RECALIBRATION_BATCH", 16)
-    monkeypatch.setattr(evaluate_module, "RECALIBRATION_PART", 5)
+    monkeypatch.setattr(rounds, "RECALIBRATION_BATCH", 16)
+    monkeypatch.setattr(rounds, "RECALIBRATION_PART", 5)
     supernet = trained_like_supernet(space, sharing)
     data, training = random_images(40), random_images(50, seed=1)
     archs = archs_of(space, count=12)
@@ -140,7 +140,7 @@ def test_peak_memory_stays_in_the_budget(nested, monkeypatch):
         held[0] -= size if level else 0
 
     monkeypatch.setattr(TreeRunner, "_descend", watched)
-    monkeypatch.setattr(evaluate_module, "worker_count", lambda device: 1)
+    monkeypatch.setattr(rounds, "worker_count", lambda device: 1)
     evaluator.memory = replace(evaluator.memory, max_chunk=64)
     evaluator.evaluate(archs_of(SPACES["full"], count=72))
     assert 0 < peak[0] <= evaluator.memory.activations

@@ -7,12 +7,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.chunk_counter import ChunkCounter
 from engine.errors import UserError
 from engine.evaluate import Evaluator, weights_fingerprint
 from engine.sampling import fair_archs
+from engine.scored_images import visiting_order
 from engine.store import EvaluationStore, StoreKey, Tally
 from tests.engine.evaluation_cases import random_images, small_space, trained_like_supernet
 
@@ -90,11 +92,16 @@ def test_weights_that_change_are_noticed(tmp_path, counted):
 def test_architectures_that_are_behind_catch_up_first(supernet, tmp_path, counted):
     data, path = random_images(40), tmp_path / "evaluations.sqlite"
     whole = Evaluator(supernet, data, store=path).evaluate(ARCHS[:6])
+    key = StoreKey(weights_fingerprint(supernet), data.fingerprint, "running float32")
     store = EvaluationStore(path)
-    key = Evaluator(supernet, data)._key()
-    half = Evaluator(supernet, replace(data, images=data.images[:25], labels=data.labels[:25]))
-    tallies = [Tally(25, s.correct1, s.correct5, s.loss * 25) for s in half.evaluate(ARCHS[:6])]
-    store.save(key, {str(arch): tally for arch, tally in zip(ARCHS[:4], tallies, strict=False)})
+    tallies = store.load(key)
+    assert len(tallies) == 6
+    first_25 = replace(data, images=data.images[(chosen := visiting_order(40)[:25])], labels=data.labels[chosen])
+    halves = Evaluator(supernet, first_25).evaluate(ARCHS[:4])
+    for arch, half in zip(ARCHS, halves, strict=False):
+        answers = tallies[str(arch)].answers[:25]
+        assert answers.sum() == half.correct1
+        store.save(key, {str(arch): Tally.of(answers, half.correct5, half.loss * 25)})
     store.save(key, {str(arch): Tally() for arch in ARCHS[4:6]})
     store.close()
     counted.clear()
@@ -142,10 +149,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(tmp_path):
 def test_sums_with_losses_that_are_no_number_are_kept(tmp_path):
     store = EvaluationStore(tmp_path / "evaluations.sqlite")
     key = StoreKey("w", "i", "m")
-    store.save(key, {"a": Tally(3, 2, 3, math.nan), "b": Tally(3, 1, 1, math.inf)})
+    answers = np.array([True, False, True])
+    store.save(key, {"a": Tally.of(answers, 3, math.nan), "b": Tally.of(answers, 2, math.inf)})
     loaded = store.load(key)
     assert math.isnan(loaded["a"].loss_sum)
-    assert loaded["b"] == Tally(3, 1, 1, math.inf)
+    assert loaded["b"] == Tally.of(answers, 2, math.inf)
+    assert loaded["b"].correct1 == 2
+    assert loaded["b"].answers.tolist() == answers.tolist()
     assert store.load(StoreKey("w", "i", "other")) == {}
 
 
