@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import functools
 import json
 import os
 import time
@@ -27,13 +28,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as triton_compile
 
 from benchmarks.mean_path import PlacedBlock, mean_path, table_shapes
+from benchmarks.timing import device_milliseconds
 from kernels import configs
 from kernels.configs import DepthwiseConfig, PointwiseConfig
 from kernels.triton_depthwise import depthwise_backward, depthwise_forward, output_size
 from kernels.triton_pointwise import (
     expand_backward_fused, input_gradient, pointwise_forward, project_backward, weight_gradient,
 )  # fmt: skip
-from kernels.ahead_of_time import Launch, recorded_launches, source
+from kernels.ahead_of_time import recorded_launches, source, specialisation
 
 
 class Case(NamedTuple):
@@ -83,7 +85,7 @@ def candidates(case: Case) -> Iterator[PointwiseConfig | DepthwiseConfig]:
             if m * n // (32 * warps) <= 64 and (warps == 4 or m == 128 or n >= 64) and m * k <= 8192:
                 yield PointwiseConfig(m, n, k, warps, stages, 4)
     elif case.operation == "project_backward":
-        for m, n, warps, stages, waves in product((32, 64), (64, 128), (4, 8), (1, 2), (2, 4)):
+        for m, n, warps, stages, waves in product((32, 64, 128), (64, 128), (4, 8), (1, 2, 3), (1, 2, 4)):
             o = min(power_of_2(case.outer), 64)
             tiles = -(-case.outer // o)
             if n * o * tiles // (32 * warps) <= 96 and m * n // (32 * warps) <= 64:
@@ -116,8 +118,10 @@ def depthwise_candidates(case: Case) -> Iterator[DepthwiseConfig]:
         ring = case.kernel * columns * (1 if forward else 2) // (case.stride if forward else 1)
         registers = (ring + case.kernel**2 * (1 if forward else 2)) * per_thread
         wasted = -(-width // columns) * columns / width
-        if registers <= 215 and wasted < 1.3:
-            yield DepthwiseConfig(columns, 32 * warps * per_thread // channels, channels, warps)
+        for prefetch in (True,) if forward else (True, False):
+            loads = 0 if forward or not prefetch else 3 * columns + 2 * case.kernel
+            if registers + loads * per_thread <= 200 and wasted < 1.3:
+                yield DepthwiseConfig(columns, 32 * warps * per_thread // channels, channels, warps, prefetch)
 
 
 def prepare(case: Case, device: str) -> Callable[[Any], Any]:
@@ -193,28 +197,7 @@ def _compile(case: Case, config: PointwiseConfig | DepthwiseConfig, capability: 
 
 
 def compile_key(case: Case, config: Any) -> tuple[Any, ...]:
-    launches: list[Launch] = recorded_launches(lambda: prepare(case, "meta")(config))
-    return tuple(
-        (launch.name, tuple(sorted(launch.options.items())), str(source(launch).signature),
-         str(source(launch).constants), str(source(launch).attrs))
-        for launch in launches
-    )  # fmt: skip
-
-
-def milliseconds(run: Callable[[], Any], repeats: int = 7) -> float:
-    """Median over repeats, the caches flushed before each."""
-    flush = torch.empty(2**26, dtype=torch.int32, device="cuda")
-    times = []
-    run()
-    for _ in range(repeats):
-        flush.zero_()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        stop.record()
-        times.append((start, stop))
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(stop) for start, stop in times)[repeats // 2]
+    return tuple(specialisation(launch) for launch in recorded_launches(lambda: prepare(case, "meta")(config)))
 
 
 def main() -> None:
@@ -268,7 +251,7 @@ def main() -> None:
             if compile_key(case, config) in broken:
                 continue
             try:
-                timed[config] = milliseconds(lambda config=config: run(config))  # type: ignore[misc]
+                timed[config] = device_milliseconds(functools.partial(run, config))
             except Exception as error:  # too much shared memory for this GPU
                 print(f"{operation} {name} {tuple(config)}: {type(error).__name__}", flush=True)
         if not timed:

@@ -10,7 +10,9 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from kernels.block import BlockShape
 
 POINTER = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
@@ -48,15 +52,18 @@ class Resources:
     sass: str
 
 
-def recorded_launches(run: Callable[[], Any]) -> list[Launch]:
+def recorded_launches(run: Callable[[], Any], *, execute: bool = False) -> list[Launch]:
+    """Every launch that `run` makes, in order; the kernels run only with `execute`."""
     launches: list[Launch] = []
+    original = JITFunction.run
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if execute:
+            original(self, *args, grid=grid, warmup=warmup, **kwargs)
         options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         launches.append(Launch(self, tuple(grid), arguments, options))
 
-    original = JITFunction.run
     JITFunction.run = record
     try:
         run()
@@ -65,26 +72,88 @@ def recorded_launches(run: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
+def block_launches(shape: BlockShape, batch: int, size: int, dtype: torch.dtype, expand: bool = True) -> list[Launch]:
+    """What a training step of one block launches; without `expand` its input is a raw convolution output."""
+    from kernels.triton_block import block_backward, block_forward
+
+    def meta(*dims: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(dims, device="meta", dtype=dtype)
+
+    x = meta(batch, size, size, shape.in_channels, dtype=dtype).permute(0, 3, 1, 2)
+    w1 = meta(shape.hidden, shape.in_channels) if expand else None
+    w2, w3 = meta(shape.hidden, 1, shape.kernel, shape.kernel), meta(shape.out_channels, shape.hidden)
+    widths = (shape.hidden, shape.hidden, shape.out_channels)
+    affine = [meta(c) for c in widths for _ in range(2)]
+    running = [t for c in widths for t in (meta(c), meta(c), meta(1, dtype=torch.int64))]
+    dims = [shape.in_channels, shape.hidden, shape.out_channels, shape.kernel, shape.stride]
+
+    def step() -> None:
+        z, *saved = block_forward(x, w1, w2, w3, affine, running, [0.1] * 3, [1e-5] * 3, dims, True)
+        block_backward(torch.empty_like(z), x, w1, w2, w3, saved, 3, dims, True)
+
+    return recorded_launches(step)
+
+
+def tail_launches(inputs: int, outputs: int, batch: int, size: int, dtype: torch.dtype) -> list[Launch]:
+    """What a training step of the tail's pointwise convolution launches."""
+    from kernels.triton_block import tail_backward, tail_forward
+
+    def meta(*dims: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(dims, device="meta", dtype=dtype)
+
+    x, weight = meta(batch, size, size, inputs, dtype=dtype).permute(0, 3, 1, 2), meta(outputs, inputs)
+    running = [meta(outputs), meta(outputs), meta(1, dtype=torch.int64)]
+
+    def step() -> None:
+        z, *saved = tail_forward(x, weight, [meta(outputs), meta(outputs)], running, 0.1, 1e-5, True)
+        tail_backward(torch.empty_like(z), x, weight, saved, True)
+
+    return recorded_launches(step)
+
+
+def specialisation(launch: Launch) -> tuple[str, ...]:
+    """What distinguishes compiled kernels: launches with equal ones run the same code."""
+    code = source(launch)
+    return (launch.name, *(str(part) for part in (launch.options, code.signature, code.constants, code.attrs)))
+
+
+def fill_cache(build: Callable[[], list[Launch]], capability: int, processes: int) -> list[str]:
+    """Compile all that `build` launches into Triton's cache on disk, in parallel; returns what failed, and why.
+
+    `build` is a module-level function or a partial of one: every process calls it and compiles its share.
+    """
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_compile_share, build, capability, i, processes) for i in range(processes)]
+        return [failure for job in jobs for failure in job.result()]
+
+
+def _compile_share(build: Callable[[], list[Launch]], capability: int, share: int, shares: int) -> list[str]:
+    unique = {specialisation(launch): launch for launch in build()}
+    failures = []
+    for launch in list(unique.values())[share::shares]:
+        try:
+            triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
+        except Exception as error:  # a candidate too large for the GPU
+            failures.append(f"{launch.name}: {type(error).__name__}: {str(error)[:80]}")
+    return failures
+
+
 def source(launch: Launch) -> ASTSource:
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(launch.fn.params):
         value = launch.arguments[parameter.name]
-        divisible = False
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTER[value.dtype]
-            divisible = True
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
-            signature[parameter.name] = "i32"
-            divisible = value % 16 == 0
-        if divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            pointer = isinstance(value, torch.Tensor)
+            signature[parameter.name] = POINTER[value.dtype] if pointer else "i32"
+            divisible = pointer or value % 16 == 0
+            attributes[(index,)] = [["tt.divisibility", 16]] if divisible else []  # what a launch passes, to its key
     return ASTSource(launch.fn, signature=signature, constexprs=constants, attrs=attributes)
 
 

@@ -37,6 +37,8 @@ class DepthwiseConfig(NamedTuple):
     strips: int
     channels: int
     warps: int
+    prefetch: bool = True
+    """Backward only: load the next rows before this one's arithmetic, where registers are left for them."""
 
 
 @lru_cache
@@ -86,17 +88,21 @@ def pointwise_rule(operation: str, small: bool, float32: bool, inner: int, outer
         block_n = min(narrow, 128 if float32 else 256)
         return PointwiseConfig(64, block_n, 32 if float32 else 64, 4 if block_n <= 64 else 8, 3, 4)
     if operation == "project_backward":  # n: hidden, k: outputs (tiles of it)
-        return PointwiseConfig(64, 32 if float32 else 64, min(narrow, 64), 4 if outer <= 40 else 8, 2, 4)
+        if float32:
+            return PointwiseConfig(32, 32, min(narrow, 32), 4 if outer <= 32 else 8, 1, 4)
+        return PointwiseConfig(64, 64, min(narrow, 64), 8, 2, 4)
     if operation == "expand_backward":  # n: inputs, k: hidden (tiles of it)
         sums = cdiv(inner, 64) * 64 * narrow
-        if sums > (8192 if float32 else 24576):
+        if sums > 24576 or float32:
             return None
-        return PointwiseConfig(64, narrow, 64, 4 if sums <= 8192 else 8, 2, 2)
+        return PointwiseConfig(64, narrow, 64, 4 if sums <= 8192 else 8, 2 if sums <= 12288 else 1, 2)
     if operation == "input_gradient":  # n: inputs, k: hidden
         block_n = min(narrow, 64 if float32 else 256)
         return PointwiseConfig(64, block_n, 32, 4 if block_n <= 64 else 8, 3, 1)
     assert operation == "weight_gradient", operation  # n: hidden, k: inputs (tiles of it)
-    return PointwiseConfig(64, 32 if float32 else 64, min(narrow, 64), 4 if outer <= 64 else 8, 2, 2)
+    if float32:
+        return PointwiseConfig(32, 32, min(narrow, 64), 4 if outer <= 128 else 8, 1, 2)
+    return PointwiseConfig(64, 64, min(narrow, 64), 4 if outer <= 64 else 8, 2, 2)
 
 
 def _pointwise(operation: str, x: Tensor, inner: int, outer: int) -> PointwiseConfig | None:
@@ -151,8 +157,7 @@ def depthwise_rule(kernel: int, stride: int, out_width: int) -> DepthwiseConfig:
 
 def depthwise_backward_rule(kernel: int, stride: int, width: int) -> DepthwiseConfig:
     columns = _columns(width, (7, 4) if stride == 1 and kernel < 7 else (4,))
-    per_thread = 2 if kernel == 3 else 1
-    return DepthwiseConfig(columns, 128 * per_thread // 16, 16, 4)
+    return DepthwiseConfig(columns, 8, 16, 4, kernel < 7)
 
 
 def depthwise_config(x: Tensor, kernel: int, stride: int, out_width: int) -> DepthwiseConfig:

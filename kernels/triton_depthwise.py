@@ -20,6 +20,46 @@ from kernels.triton_support import alignment, cdiv, relu6, round_to
 
 
 @triton.jit
+def _load_rows(
+    x_strip, first_row, alive, ix0, H, W, C,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of COLUMNS columns, raw; columns LEFT ... RIGHT are inside any image whose width strips divide."""
+    values = ()
+    for s in tl.static_range(ROWS):
+        iy = first_row + s
+        mask = alive & ((iy >= 0) & (iy < H))
+        for column in tl.static_range(COLUMNS):
+            inside = mask
+            if not EVEN or column < LEFT or column > RIGHT:
+                ix = ix0 + column
+                inside = mask & ((ix >= 0) & (ix < W))[:, None]
+            values = values + (tl.load(x_strip + (iy * W + column) * C, mask=inside, other=0.0),)
+    return values
+
+
+@triton.jit
+def _normalised_row(
+    raw, row, alive, ix0, row_ok, W, scale, shift,
+    COLUMNS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EVEN: tl.constexpr, CHECK_ROW: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+):  # fmt: skip
+    """Row `row` of raw values as float32: relu6(scale * x + shift), and zero, not relu6(shift), outside the image."""
+    values = ()
+    for column in tl.static_range(COLUMNS):
+        value = raw[row * COLUMNS + column].to(tl.float32)
+        if PROLOGUE:
+            value = relu6(value * scale + shift)
+            if not EVEN or column < LEFT or column > RIGHT:
+                ix = ix0 + column
+                value = tl.where(row_ok & ((ix >= 0) & (ix < W))[:, None], value, 0.0)
+            elif CHECK_ROW:
+                value = tl.where(row_ok, value, 0.0)
+        values = values + (value,)
+    return values
+
+
+@triton.jit
 def depthwise_forward_kernel(
     x, stats, w, bias, y, partial, counts, N, H, W, HO, WO, C_units,
     ALIGN: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr,
@@ -42,6 +82,8 @@ def depthwise_forward_kernel(
     alive = (strip < N * strips_x)[:, None] & (c < C)[None, :]
     x_strip = x + ((image.to(tl.int64) * H) * W + ix0)[:, None] * C + c[None, :]
     y_strip = y + ((image.to(tl.int64) * HO) * WO + ox0)[:, None] * C + c[None, :]
+    scale = tl.full((1, BC), 1.0, tl.float32)
+    shift = scale
     if PROLOGUE:
         scale = tl.load(stats + c, mask=c < C, other=0.0)[None, :]
         shift = tl.load(stats + C + c, mask=c < C, other=0.0)[None, :]
@@ -56,26 +98,23 @@ def depthwise_forward_kernel(
     columns = tl.minimum(TW, WO - ox0)[:, None].to(tl.float32)
     mean = tl.zeros((BT, BC), tl.float32)
     m2 = tl.zeros((BT, BC), tl.float32)
+    LEFT: tl.constexpr = PAD
+    RIGHT: tl.constexpr = PAD + (TW - 1) * STRIDE
     last = (H - 1 + PAD) // STRIDE  # slot d holds output row it - d; ends with rows last - DEPTH + 2 ... unwritten
-    for it in range(PAD // STRIDE, last + DEPTH):
+    begin = PAD // STRIDE
+    # The next rows are loaded before this one's arithmetic: registers allow few warps, which alone hide no latency.
+    raw = _load_rows(x_strip, begin * STRIDE - PAD, alive, ix0, H, W, C, STRIDE, COLUMNS, LEFT, RIGHT, EVEN)
+    for it in range(begin, last + DEPTH):
         if it <= last:
+            current = raw
+            raw = _load_rows(x_strip, (it + 1) * STRIDE - PAD, alive, ix0, H, W, C, STRIDE, COLUMNS, LEFT, RIGHT, EVEN)
             for s in tl.static_range(STRIDE):
                 iy = it * STRIDE + s - PAD
-                row_ok = (iy >= 0) & (iy < H)
-                values = ()
-                for column in tl.static_range(COLUMNS):
-                    inside = alive & row_ok
-                    if not EVEN or column < PAD or column > PAD + (TW - 1) * STRIDE:
-                        ix = ix0 + column
-                        inside = inside & ((ix >= 0) & (ix < W))[:, None]
-                    value = tl.load(x_strip + (iy * W + column) * C, mask=inside, other=0.0).to(tl.float32)
-                    if PROLOGUE:
-                        value = relu6(value * scale + shift)
-                        if not EVEN or column < PAD or column > PAD + (TW - 1) * STRIDE:
-                            value = tl.where(inside, value, 0.0)
-                        elif STRIDE > 1:  # stride 1 visits rows of the image only
-                            value = tl.where(row_ok, value, 0.0)
-                    values = values + (value,)
+                # stride 1 visits rows of the image only
+                values = _normalised_row(
+                    current, s, alive, ix0, (iy >= 0) & (iy < H), W, scale, shift,
+                    COLUMNS, LEFT, RIGHT, EVEN, STRIDE > 1, PROLOGUE,
+                )  # fmt: skip
                 filled = ()
                 for d in tl.static_range(DEPTH):
                     for j in tl.static_range(TW):
@@ -95,12 +134,10 @@ def depthwise_forward_kernel(
                     value += offset
                 if BIAS_RELU6 == 2:
                     value = relu6(value)
-                value = round_to(value, y.dtype.element_ty)
                 mask = alive
                 if not EVEN:
                     mask = mask & (ox0 + j < WO)[:, None]
-                tl.store(y_strip + (oy * WO + j) * C, value, mask=mask)
-                value = value.to(tl.float32)
+                tl.store(y_strip + (oy * WO + j) * C, round_to(value, y.dtype.element_ty), mask=mask)
                 if not EVEN:
                     value = tl.where((ox0 + j < WO)[:, None], value, 0.0)
                 outputs = outputs + (value,)
@@ -169,10 +206,14 @@ def depthwise_forward(
 
 @triton.jit
 def _finish_row(
-    gradients, activations, x_row, dx_row, mean, sums, weighted, alive, px0, W, C,
+    gradients, activations, x_row, dx_row, mean, offset, tiny, reread, sums, weighted, alive, px0, W, C,
     FIRST: tl.constexpr, EVEN: tl.constexpr, PROLOGUE: tl.constexpr, TW: tl.constexpr,
 ):  # fmt: skip
-    """Mask a completed row by relu6', write it, and add it to the sums for the batch norm before the convolution."""
+    """Mask a completed row by relu6', write it, and add it to the sums for the batch norm before the convolution.
+
+    The second sum, of dx * (x - mean), is taken as dx * (activation - offset) and divided by scale at the end, since
+    scale * x + shift is the activation wherever dx is not masked; with `reread`, x itself is read for `tiny` channels.
+    """
     for j in tl.static_range(TW):
         mask = alive
         if not EVEN:
@@ -181,38 +222,41 @@ def _finish_row(
         if PROLOGUE:
             activation = activations[FIRST * TW + j]
             gradient = tl.where((activation > 0.0) & (activation < 6.0), gradient, 0.0)
-        rounded = round_to(gradient, dx_row.dtype.element_ty)
-        tl.store(dx_row + j * C, rounded, mask=mask)
-        if PROLOGUE:  # read a few rows ago: in L2, and nearer
-            raw = tl.load(x_row + j * C, mask=mask, other=0.0).to(tl.float32)
-            kept = rounded.to(tl.float32)
-            sums += kept
-            weighted += kept * (raw - mean)
+            sums += gradient
+            weighted += gradient * (activation - offset)
+        tl.store(dx_row + j * C, round_to(gradient, dx_row.dtype.element_ty), mask=mask)
+    if PROLOGUE:
+        if reread:
+            for j in tl.static_range(TW):
+                mask = alive
+                if not EVEN:
+                    mask = mask & (px0 + j < W)[:, None]
+                activation = activations[FIRST * TW + j]
+                gradient = tl.where((activation > 0.0) & (activation < 6.0), gradients[FIRST * TW + j], 0.0)
+                raw = tl.load(x_row + j * C, mask=mask, other=0.0).to(tl.float32)
+                weighted += tl.where(tiny, gradient * (raw - mean - activation + offset), 0.0)
     return sums, weighted
 
 
 @triton.jit
-def _load_row(
-    x_row, scale, shift, alive, px0, row_ok, W, C, EVEN: tl.constexpr, PROLOGUE: tl.constexpr, TW: tl.constexpr
-):
-    """A row of the convolution's input, TW columns: relu6(scale * x + shift), zero outside the image."""
-    values = ()
-    for j in tl.static_range(TW):
-        mask = alive & row_ok
-        if not EVEN:
-            mask = mask & (px0 + j < W)[:, None]
-        value = tl.load(x_row + j * C, mask=mask, other=0.0).to(tl.float32)
-        if PROLOGUE:
-            value = tl.where(mask, relu6(value * scale + shift), 0.0)
-        values = values + (value,)
-    return values
+def _gradient_columns(g_strip, y_strip, q, alive, qx0, HO, WO, C, COLUMNS: tl.constexpr):
+    """Row q of the gradient and of the output it belongs to, raw."""
+    grads = ()
+    ys = ()
+    for column in tl.static_range(COLUMNS):
+        qx = qx0 + column
+        mask = alive & (q < HO) & ((qx >= 0) & (qx < WO))[:, None]
+        at = (q * WO + column) * C
+        grads = grads + (tl.load(g_strip + at, mask=mask, other=0.0),)
+        ys = ys + (tl.load(y_strip + at, mask=mask, other=0.0),)
+    return grads, ys
 
 
 @triton.jit
 def depthwise_backward_kernel(
     grad, y, coefficients, x, stats, w, dx, partial, w_partial, N, H, W, HO, WO, C_units,
     ALIGN: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, PROLOGUE: tl.constexpr,
-    TW: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    PREFETCH: tl.constexpr, TW: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """With dy = a * grad + b * y + c [N, HO, WO, C] and p = STRIDE * q + tap - PAD:
 
@@ -244,10 +288,18 @@ def depthwise_backward_kernel(
     scale = a
     shift = a
     mean = a
+    bn_bias = a
+    tiny = a > 0.0
+    reread = False
     if PROLOGUE:
-        scale = tl.load(stats + c, mask=c < C, other=0.0)[None, :]
+        scale = tl.load(stats + c, mask=c < C, other=1.0)[None, :]
         shift = tl.load(stats + C + c, mask=c < C, other=0.0)[None, :]
         mean = tl.load(stats + 2 * C + c, mask=c < C, other=0.0)[None, :]
+        rstd = tl.load(stats + 3 * C + c, mask=c < C, other=1.0)[None, :]
+        bn_bias = scale * mean + shift
+        # A norm's weight (scale / rstd) near zero leaves no trace of x in the activation.
+        tiny = tl.abs(scale) < 1e-3 * rstd
+        reread = tl.max(tl.max(tiny.to(tl.int32), 1), 0) > 0
     weights = ()
     w_grads = ()
     for tap in tl.static_range(KERNEL * KERNEL):
@@ -256,33 +308,43 @@ def depthwise_backward_kernel(
     gradients = ()  # slot ky * TW + j: input row STRIDE * q + ky - PAD
     for slot in tl.static_range(KERNEL * TW):
         gradients = gradients + (tl.zeros((BT, BC), tl.float32),)
-    activations = ()  # the same rows; the last STRIDE of them are loaded when q gets there
-    for ky in tl.static_range(KERNEL - STRIDE):
-        if ky < PAD:
-            for j in tl.static_range(TW):
-                activations = activations + (tl.zeros((BT, BC), tl.float32),)
-        else:
-            row = ky - PAD
-            activations = activations + _load_row(
-                x_strip + row * W * C, scale, shift, alive, px0, row < H, W, C, EVEN, PROLOGUE, TW
-            )
+    activations = ()  # the same rows; the last STRIDE of them arrive when q gets there
+    for slot in tl.static_range(PAD * TW):
+        activations = activations + (tl.zeros((BT, BC), tl.float32),)
+    for ky in tl.static_range(PAD, KERNEL - STRIDE):
+        first = _load_rows(x_strip, ky - PAD, alive, px0, H, W, C, 1, TW, 0, TW - 1, EVEN)
+        activations = activations + _normalised_row(
+            first, 0, alive, px0, alive & (ky - PAD < H), W, scale, shift, TW, 0, TW - 1, EVEN, True, PROLOGUE
+        )
     sums = tl.zeros((BT, BC), tl.float32)
     weighted = tl.zeros((BT, BC), tl.float32)
+    AHEAD: tl.constexpr = KERNEL - STRIDE - PAD
+    if PREFETCH:  # as forward, the next rows are loaded before this one's arithmetic
+        next_x = _load_rows(x_strip, AHEAD, alive, px0, H, W, C, STRIDE, TW, 0, TW - 1, EVEN)
+        next_grads, next_ys = _gradient_columns(grad_strip, y_strip, 0, alive, qx0, HO, WO, C, COLUMNS)
     for q in range(0, HO):
+        if PREFETCH:
+            grads = next_grads
+            ys = next_ys
+            rows = next_x
+            next_grads, next_ys = _gradient_columns(grad_strip, y_strip, q + 1, alive, qx0, HO, WO, C, COLUMNS)
+            following = STRIDE * (q + 1) + AHEAD
+            next_x = _load_rows(x_strip, following, alive, px0, H, W, C, STRIDE, TW, 0, TW - 1, EVEN)
+        else:
+            grads, ys = _gradient_columns(grad_strip, y_strip, q, alive, qx0, HO, WO, C, COLUMNS)
+            rows = _load_rows(x_strip, STRIDE * q + AHEAD, alive, px0, H, W, C, STRIDE, TW, 0, TW - 1, EVEN)
         window = activations
         for s in tl.static_range(STRIDE):
-            row = STRIDE * q + KERNEL - STRIDE + s - PAD
-            window = window + _load_row(
-                x_strip + row * W * C, scale, shift, alive, px0, (row >= 0) & (row < H), W, C, EVEN, PROLOGUE, TW
-            )
+            row = STRIDE * q + AHEAD + s
+            window = window + _normalised_row(
+                rows, s, alive, px0, alive & ((row >= 0) & (row < H)), W, scale, shift,
+                TW, 0, TW - 1, EVEN, True, PROLOGUE,
+            )  # fmt: skip
         dys = ()
         for column in tl.static_range(COLUMNS):
+            dy = a * grads[column].to(tl.float32) + b * ys[column].to(tl.float32) + offset
             qx = qx0 + column
-            mask = alive & ((qx >= 0) & (qx < WO))[:, None]
-            at = (q * WO + column) * C
-            g = tl.load(grad_strip + at, mask=mask, other=0.0).to(tl.float32)
-            v = tl.load(y_strip + at, mask=mask, other=0.0).to(tl.float32)
-            dys = dys + (tl.where(mask, a * g + b * v + offset, 0.0),)
+            dys = dys + (tl.where(((qx >= 0) & (qx < WO))[:, None], dy, 0.0),)
         filled = ()
         new_grads = ()
         for ky in tl.static_range(KERNEL):
@@ -303,8 +365,8 @@ def depthwise_backward_kernel(
             row = STRIDE * q + s - PAD
             if (row >= 0) & (row < H):
                 sums, weighted = _finish_row(
-                    filled, window, x_strip + row * W * C, dx_strip + row * W * C, mean, sums, weighted, alive,
-                    px0, W, C, s, EVEN, PROLOGUE, TW,
+                    filled, window, x_strip + row * W * C, dx_strip + row * W * C, mean, bn_bias, tiny, reread, sums,
+                    weighted, alive, px0, W, C, s, EVEN, PROLOGUE, TW,
                 )  # fmt: skip
         moved = ()
         kept = ()
@@ -320,14 +382,15 @@ def depthwise_backward_kernel(
         row = STRIDE * HO + ky - PAD
         if (row >= 0) & (row < H):
             sums, weighted = _finish_row(
-                gradients, activations, x_strip + row * W * C, dx_strip + row * W * C, mean, sums, weighted, alive,
-                px0, W, C, ky, EVEN, PROLOGUE, TW,
+                gradients, activations, x_strip + row * W * C, dx_strip + row * W * C, mean, bn_bias, tiny, reread, sums,
+                weighted, alive, px0, W, C, ky, EVEN, PROLOGUE, TW,
             )  # fmt: skip
     for tap in tl.static_range(KERNEL * KERNEL):
         tl.store(w_partial + (group * KERNEL * KERNEL + tap) * C + c, tl.sum(w_grads[tap], 0), mask=c < C)
     if PROLOGUE:
         tl.store(partial + group * 2 * C + c, tl.sum(sums, 0), mask=c < C)
-        tl.store(partial + (group * 2 + 1) * C + c, tl.sum(weighted, 0), mask=c < C)
+        divisor = tl.max(tl.where(tiny, 1.0, scale), 0)  # of one row: its only value
+        tl.store(partial + (group * 2 + 1) * C + c, tl.sum(weighted, 0) / divisor, mask=c < C)
 
 
 def depthwise_backward(
@@ -351,6 +414,6 @@ def depthwise_backward(
         grad, y, coefficients, x, stats, taps, dx, partial, w_partial,
         images, height, width, out_height, out_width, channels // align,
         ALIGN=align, KERNEL=kernel, STRIDE=stride, EVEN=width % config.columns == 0, PROLOGUE=stats is not None,
-        TW=config.columns, BT=config.strips, BC=config.channels, num_warps=config.warps,
+        PREFETCH=config.prefetch, TW=config.columns, BT=config.strips, BC=config.channels, num_warps=config.warps,
     )  # fmt: skip
     return partial, w_partial

@@ -14,6 +14,7 @@ from kernels.configs import (
     PointwiseConfig, expand_backward_config, input_gradient_config, multiprocessors, pointwise_config,
     project_backward_config, weight_gradient_config,
 )  # fmt: skip
+from kernels.triton_batch_norm import apply_backward
 from kernels.triton_support import alignment, bn_backward, cdiv, dot, int64, merge_tile, relu6, round_to
 
 # ---- forward
@@ -119,11 +120,13 @@ def pointwise_forward(
 def project_backward_kernel(
     grad, y3, coefficients, w, y2, stats, dz2, partial, w_partial, M, OUT_units, H_units, w_stride_units,
     rows_per_program,
-    ALIGN: tl.constexpr, OUT_TILES: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BO: tl.constexpr,
+    ALIGN: tl.constexpr, AFFINE: tl.constexpr, OUT_TILES: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """dz2 = (dy3 @ w) masked by relu6'(bn2(y2)); w_partial[program] = dy3^T @ relu6(bn2(y2)); sums of dz2.
 
-    dy3 = a * grad + b * y3 + c [M, OUT]; w [OUT, H]; one program holds BH of H and walks down its rows.
+    dy3 = a * grad + b * y3 + c [M, OUT], or grad itself without AFFINE; w [OUT, H]; one program holds BH of H and walks
+    down its rows.
     """
     OUT = OUT_units * ALIGN
     H = H_units * ALIGN
@@ -162,12 +165,13 @@ def project_backward_kernel(
             inside = channel < OUT
             narrow = row * OUT + m[:, None] * OUT + channel[None, :]
             mask = valid & inside[None, :]
-            g = tl.load(grad + narrow, mask=mask, other=0.0).to(tl.float32)
-            v = tl.load(y3 + narrow, mask=mask, other=0.0).to(tl.float32)
-            a = tl.load(coefficients + channel, mask=inside, other=0.0)[None, :]
-            b = tl.load(coefficients + OUT + channel, mask=inside, other=0.0)[None, :]
-            c = tl.load(coefficients + 2 * OUT + channel, mask=inside, other=0.0)[None, :]
-            dy3 = round_to(tl.where(valid, a * g + b * v + c, 0.0), dtype)
+            dy3 = tl.load(grad + narrow, mask=mask, other=0.0)
+            if AFFINE:
+                v = tl.load(y3 + narrow, mask=mask, other=0.0).to(tl.float32)
+                a = tl.load(coefficients + channel, mask=inside, other=0.0)[None, :]
+                b = tl.load(coefficients + OUT + channel, mask=inside, other=0.0)[None, :]
+                c = tl.load(coefficients + 2 * OUT + channel, mask=inside, other=0.0)[None, :]
+                dy3 = round_to(tl.where(valid, a * dy3.to(tl.float32) + b * v + c, 0.0), dtype)
             gradient = dot(dy3, weights[t], gradient)
             new_grads = new_grads + (dot(tl.trans(activation), dy3, w_grads[t]),)
         w_grads = new_grads
@@ -188,12 +192,21 @@ def project_backward(
     grad: Tensor, y3: Tensor, coefficients: Tensor, weight: Tensor, y2: Tensor, stats: Tensor, dz2: Tensor,
     config: PointwiseConfig | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """grad, y3 [M, OUT], weight [OUT.., H..], y2, dz2 [M, H] -> partial sums [P, 2, H], weight gradients [P, OUT, H]."""
+    """grad, y3 [M, OUT], weight [OUT.., H..], y2, dz2 [M, H] -> partial sums [P, 2, H], weight gradients [P, OUT, H].
+
+    Every program of a row computes dy3 anew. Past four of them (BH of H each) it is written once instead, by a kernel of
+    its own: 2 x OUT more values to move a row, which stay in L2 on the small maps where this happens.
+    """
     rows, hidden = y2.shape
     out = y3.shape[1]
     align = alignment(hidden, out, weight.stride(0))
     config = config or project_backward_config(y2, hidden, out)
     tiles_h = cdiv(hidden, config.block_n)
+    affine = tiles_h <= 4
+    if not affine:
+        dy3 = torch.empty_like(y3)
+        apply_backward(grad, y3, coefficients, dy3)
+        grad = dy3
     per_program, programs = split_rows(
         rows, config.block_m, max(1, config.waves * multiprocessors(y2.device) // tiles_h)
     )
@@ -202,7 +215,8 @@ def project_backward(
     project_backward_kernel[(programs * tiles_h,)](
         grad, y3, coefficients, weight, y2, stats, dz2, partial, w_partial,
         rows, out // align, hidden // align, weight.stride(0) // align, per_program,
-        ALIGN=align, OUT_TILES=cdiv(out, config.block_k), BM=config.block_m, BH=config.block_n, BO=config.block_k,
+        ALIGN=align, AFFINE=affine, OUT_TILES=cdiv(out, config.block_k),
+        BM=config.block_m, BH=config.block_n, BO=config.block_k,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return partial, w_partial
