@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from engine.datasets import DataConfig
+from engine.data import DataConfig
 from engine.errors import UserError
 from engine.space import Space
 from engine.supernet import Sharing
@@ -117,7 +118,7 @@ class RunConfig:
 
     preset: str
     """Name of the preset that the run started from."""
-    space: Space
+    space: Annotated[Space, tyro.conf.Suppress]
     """The full search space."""
     data: DataConfig
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

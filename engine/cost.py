@@ -84,10 +84,7 @@ class CostModel:
             reached: dict[int, int] = {}
             for channels in space.live_channels(j):
                 inner = sum(
-                    pick(
-                        self._block_cost(i, channels, op, channels)[0]
-                        for op in space.live_block_ops(i, channels)
-                    )
+                    pick(self._block_cost(i, channels, op, channels)[0] for op in space.live_block_ops(i, channels))
                     for i in blocks[1:]
                 )
                 reached[channels] = pick(
@@ -97,6 +94,4 @@ class CostModel:
                 )
             best = reached
         tail, classes = space.tail_channels, space.classes
-        return pick(
-            so_far + self._final_pixels * width * tail + tail * classes for width, so_far in best.items()
-        )
+        return pick(so_far + self._final_pixels * width * tail + tail * classes for width, so_far in best.items())

@@ -1,5 +1,6 @@
 """Errors that a user can mend, and the one place where scripts turn them into a line and an exit code."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -15,5 +16,6 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop for the same reason; one says it
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None

@@ -32,9 +32,7 @@ def fair_round(space: Space, seed: int, round_index: int) -> list[Arch]:
         options = _shuffled(space.live_channels(j), orders)
         drawn = _cyclic_window(options, round_index * num_paths, num_paths)
         shuffles.shuffle(drawn)
-        used_before = {
-            channels: _count_in_prefix(options, channels, round_index * num_paths) for channels in options
-        }
+        used_before = {channels: _count_in_prefix(options, channels, round_index * num_paths) for channels in options}
         choices: dict[int, list[Iterator[BlockOp]]] = {}
         for channels in options:
             count = drawn.count(channels)
@@ -47,9 +45,7 @@ def fair_round(space: Space, seed: int, round_index: int) -> list[Arch]:
         for path, channels in enumerate(drawn):
             channels_of_path[path].append(channels)
             ops_of_path[path].append(tuple(next(choice) for choice in choices[channels]))
-    return [
-        Arch(tuple(channels), tuple(ops)) for channels, ops in zip(channels_of_path, ops_of_path, strict=True)
-    ]
+    return [Arch(tuple(channels), tuple(ops)) for channels, ops in zip(channels_of_path, ops_of_path, strict=True)]
 
 
 def fair_archs(space: Space, seed: int, count: int) -> list[Arch]:

@@ -82,9 +82,7 @@ class Cluster:
         for name in ("kernels", "expansions", "channels"):
             options = getattr(self, name)
             if not options or len(set(options)) != len(options) or min(options) < 1:
-                raise UserError(
-                    f"{name} {options} of a cluster: give one or more different positive integers"
-                )
+                raise UserError(f"{name} {options} of a cluster: give one or more different positive integers")
         if any(kernel % 2 == 0 for kernel in self.kernels):
             raise UserError(f"kernels {self.kernels} of a cluster: kernel sizes must be odd")
 
@@ -111,8 +109,7 @@ class Arch:
 
     def __str__(self) -> str:
         return "_".join(
-            f"c{channels}:{','.join(map(str, ops))}"
-            for channels, ops in zip(self.channels, self.blocks, strict=True)
+            f"c{channels}:{','.join(map(str, ops))}" for channels, ops in zip(self.channels, self.blocks, strict=True)
         )
 
     @classmethod
@@ -140,9 +137,7 @@ class Arch:
     def operations(self) -> tuple[Operation, ...]:
         """The operation of every block in network order."""
         return tuple(
-            Operation(*op, channels)
-            for channels, ops in zip(self.channels, self.blocks, strict=True)
-            for op in ops
+            Operation(*op, channels) for channels, ops in zip(self.channels, self.blocks, strict=True) for op in ops
         )
 
 
@@ -193,9 +188,7 @@ class Space:
         for j, blocks in enumerate(self.cluster_blocks):
             options = {frozenset(op.channels for op in self.live[i]) for i in blocks}
             if len(options) != 1:
-                raise UserError(
-                    f"the blocks of cluster {j + 1} keep different channel numbers; they must agree"
-                )
+                raise UserError(f"the blocks of cluster {j + 1} keep different channel numbers; they must agree")
 
     # ---- the shape of the table
 
@@ -208,9 +201,7 @@ class Space:
     def cluster_blocks(self) -> tuple[range, ...]:
         """The block indices of every cluster."""
         ends = [sum(cluster.blocks for cluster in self.clusters[: j + 1]) for j in range(len(self.clusters))]
-        return tuple(
-            range(end - cluster.blocks, end) for end, cluster in zip(ends, self.clusters, strict=True)
-        )
+        return tuple(range(end - cluster.blocks, end) for end, cluster in zip(ends, self.clusters, strict=True))
 
     @property
     def num_blocks(self) -> int:
@@ -260,10 +251,7 @@ class Space:
     @cached_property
     def num_architectures(self) -> int:
         return math.prod(
-            sum(
-                math.prod(len(self.live_block_ops(i, channels)) for i in blocks)
-                for channels in self.live_channels(j)
-            )
+            sum(math.prod(len(self.live_block_ops(i, channels)) for i in blocks) for channels in self.live_channels(j))
             for j, blocks in enumerate(self.cluster_blocks)
         )
 
@@ -312,9 +300,7 @@ class Space:
             cluster = self.clusters[self.block_cluster[i]]
             out_channels = max(cluster.channels) if self.is_spring(i) else op.channels
             dims.append(
-                BlockDims(
-                    in_channels, op.expansion * hidden_base, out_channels, op.kernel, self.block_stride(i)
-                )
+                BlockDims(in_channels, op.expansion * hidden_base, out_channels, op.kernel, self.block_stride(i))
             )
             in_channels = out_channels
             hidden_base = max(cluster.channels) if cluster.blocks == 1 else out_channels
@@ -326,9 +312,7 @@ class Space:
         in_channels = self.separable_channels
         for i, op in enumerate(arch.operations):
             dims.append(
-                BlockDims(
-                    in_channels, op.expansion * in_channels, op.channels, op.kernel, self.block_stride(i)
-                )
+                BlockDims(in_channels, op.expansion * in_channels, op.channels, op.kernel, self.block_stride(i))
             )
             in_channels = op.channels
         return tuple(dims)
@@ -343,14 +327,9 @@ class Space:
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        table = {
-            name: getattr(self, name)
-            for name in self.__dataclass_fields__
-            if name not in ("clusters", "live")
-        }
+        table = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("clusters", "live")}
         table["clusters"] = [
-            {name: getattr(cluster, name) for name in cluster.__dataclass_fields__}
-            for cluster in self.clusters
+            {name: getattr(cluster, name) for name in cluster.__dataclass_fields__} for cluster in self.clusters
         ]
         table["live"] = [[str(op) for op in ops] for ops in self.live]
         return json.loads(json.dumps(table))
@@ -369,9 +348,7 @@ class Space:
         except UserError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"this is not a search space: {error}; give a file that this program wrote"
-            ) from None
+            raise UserError(f"this is not a search space: {error}; give a file that this program wrote") from None
 
 
 def _parse_operation(text: str) -> Operation:

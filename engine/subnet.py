@@ -1,5 +1,7 @@
 """Released networks: the plain MobileNetV2-style network of an architecture, built of standard modules."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,12 +11,8 @@ from kernels import BlockWeights
 from kernels.dispatch import Norms
 
 
-def _conv_bn(
-    in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1
-) -> list[nn.Module]:
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False
-    )
+def _conv_bn(in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out")
     return [conv, nn.BatchNorm2d(out_channels)]
 
@@ -61,9 +59,7 @@ class Subnet(nn.Module):
             BlockDims(stem, stem, space.separable_channels, kernel=3, stride=1), expands=False
         )
         self.blocks = nn.Sequential(*(InvertedResidual(dim) for dim in dims))
-        self.tail = nn.Sequential(
-            *_conv_bn(dims[-1].out_channels, space.tail_channels, 1), nn.ReLU6(inplace=True)
-        )
+        self.tail = nn.Sequential(*_conv_bn(dims[-1].out_channels, space.tail_channels, 1), nn.ReLU6(inplace=True))
         self.classifier = nn.Linear(space.tail_channels, space.classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
@@ -82,7 +78,7 @@ def release(supernet: Supernet, arch: Arch) -> Subnet:
     """
     subnet = Subnet(supernet.space, arch).to(supernet.tail_weight.device)
     with torch.no_grad():
-        subnet.stem[0].weight.copy_(supernet.stem_conv.weight)
+        _copy_conv(subnet.stem[0], supernet.stem_conv.weight)
         _copy_norm(subnet.stem[1], supernet.stem_bn)
         _copy_block(subnet.separable, supernet.separable_weights, supernet.separable_norms)
         for i, op in enumerate(arch.operations):
@@ -93,7 +89,7 @@ def release(supernet: Supernet, arch: Arch) -> Subnet:
     return subnet
 
 
-def _copy_block(block: InvertedResidual, weights: BlockWeights, norms: Norms) -> None:
+def _copy_block(block: Any, weights: BlockWeights, norms: Norms) -> None:
     if weights.expand is not None:
         _copy_pointwise(block.expand[0], weights.expand)
     _copy_depthwise(block.depthwise[0], weights.depthwise)
@@ -103,17 +99,21 @@ def _copy_block(block: InvertedResidual, weights: BlockWeights, norms: Norms) ->
             _copy_norm(part[1], norm)
 
 
-def _copy_pointwise(conv: nn.Conv2d, weight: Tensor) -> None:
+def _copy_conv(conv: Any, weight: Tensor) -> None:
+    conv.weight.copy_(weight)
+
+
+def _copy_pointwise(conv: Any, weight: Tensor) -> None:
     out_channels, in_channels = conv.weight.shape[:2]
     conv.weight.copy_(weight[:out_channels, :in_channels, None, None])
 
 
-def _copy_depthwise(conv: nn.Conv2d, weight: Tensor) -> None:
+def _copy_depthwise(conv: Any, weight: Tensor) -> None:
     channels, kernel = conv.weight.shape[0], conv.weight.shape[2]
     margin = (weight.shape[2] - kernel) // 2
     conv.weight.copy_(weight[:channels, :, margin : margin + kernel, margin : margin + kernel])
 
 
-def _copy_norm(norm: nn.BatchNorm2d, source: nn.BatchNorm2d) -> None:
+def _copy_norm(norm: Any, source: Any) -> None:
     for name, tensor in norm.state_dict().items():
         tensor.copy_(getattr(source, name)[: len(tensor)] if tensor.dim() else getattr(source, name))

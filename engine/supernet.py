@@ -102,15 +102,11 @@ class Supernet(nn.Module):
     def __init__(self, space: Space, sharing: Sharing = "nested") -> None:
         super().__init__()
         if sharing not in get_args(Sharing):
-            raise UserError(
-                f"weight sharing {sharing!r} is unknown; allowed are {', '.join(get_args(Sharing))}"
-            )
+            raise UserError(f"weight sharing {sharing!r} is unknown; allowed are {', '.join(get_args(Sharing))}")
         self.space = space
         self.sharing: Sharing = sharing
         stem, separable = space.stem_channels, space.separable_channels
-        self.stem_conv = nn.Conv2d(
-            space.input_channels, stem, 3, stride=space.stem_stride, padding=1, bias=False
-        )
+        self.stem_conv = nn.Conv2d(space.input_channels, stem, 3, stride=space.stem_stride, padding=1, bias=False)
         _init_conv(self.stem_conv.weight, fan_out=9 * stem)
         self.stem_bn = nn.BatchNorm2d(stem)
         self.separable_depthwise = nn.Parameter(torch.empty(stem, 1, 3, 3))
@@ -120,14 +116,10 @@ class Supernet(nn.Module):
         self.separable_bns = nn.ModuleList([nn.BatchNorm2d(stem), nn.BatchNorm2d(separable)])
         self.blocks = nn.ModuleList(SupernetBlock(space, i, sharing) for i in range(space.num_blocks))
         last = space.clusters[-1]
-        tail_inputs = (
-            space.live_channels(len(space.clusters) - 1) if last.blocks == 1 else (max(last.channels),)
-        )
+        tail_inputs = space.live_channels(len(space.clusters) - 1) if last.blocks == 1 else (max(last.channels),)
         self.tail_weight = nn.Parameter(torch.empty(space.tail_channels, max(tail_inputs)))
         _init_conv(self.tail_weight, fan_out=space.tail_channels)
-        self.tail_bns = nn.ModuleDict(
-            {f"c{width}": nn.BatchNorm2d(space.tail_channels) for width in tail_inputs}
-        )
+        self.tail_bns = nn.ModuleDict({f"c{width}": nn.BatchNorm2d(space.tail_channels) for width in tail_inputs})
         self.classifier = nn.Linear(space.tail_channels, space.classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
@@ -187,9 +179,7 @@ class Supernet(nn.Module):
         for block, op, shape in zip(self.blocks, arch.operations, shapes, strict=True):
             x = block(x, op, shape)
         width = shapes[-1].out_channels
-        x = pointwise_bn_relu6(
-            x, self.tail_weight, self.tail_norm(width), in_channels=width, training=self.training
-        )
+        x = pointwise_bn_relu6(x, self.tail_weight, self.tail_norm(width), in_channels=width, training=self.training)
         return self.classifier(x.mean((2, 3)))
 
     # ---- shrinking

@@ -1,0 +1,60 @@
+"""Command lines from dataclasses, and what every script shares."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from engine.errors import UserError
+
+Arguments = TypeVar("Arguments")
+
+
+def parse(kind: type[Arguments], description: str | None, argv: Sequence[str], default: Any = None) -> Arguments:
+    """The dataclass filled from `argv`; fields not given come from `default`. Help and usage errors exit by themselves.
+
+    DeepSpeed's launcher adds --local_rank=N to every script; the environment says the same, so it is dropped.
+    """
+    own = [argument for argument in argv if not argument.startswith("--local_rank")]
+    options: dict[str, Any] = {"args": own, "description": description}
+    if default is not None:
+        options["default"] = default
+    return tyro.cli(kind, **options)
+
+
+def option(argv: Sequence[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE`, read before the rest is parsed."""
+    for position, argument in enumerate(argv):
+        if argument == f"--{name}" and position + 1 < len(argv):
+            return argv[position + 1]
+        if argument.startswith(f"--{name}="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def load_deepspeed_overrides(file: Path | None) -> dict[str, Any]:
+    """A user's DeepSpeed JSON. Raises `UserError` when it is no JSON object."""
+    if file is None:
+        return {}
+    try:
+        overrides = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"DeepSpeed configuration {file} cannot be read: {error}; give a JSON file") from None
+    if not isinstance(overrides, dict):
+        raise UserError(
+            f'DeepSpeed configuration {file} holds no JSON object; give a file like {{"comms_logger": {{}}}}'
+        )
+    return overrides
+
+
+def write_figures(file: Path | None, figures: dict[str, Any]) -> None:
+    """Write a script's figures to the file of --json. Raises `UserError` when it cannot be written."""
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(figures, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"figures cannot be written to {file}: {error.strerror}; choose another --json") from None

@@ -1,0 +1,103 @@
+"""The process that this is: its rank, its device, and what all ranks do together through DeepSpeed's launcher."""
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from engine.errors import UserError
+
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """One of `world_size` processes."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+    def per_rank(self, batch_size: int) -> int:
+        """This rank's share of a global batch. Raises `UserError` when it does not divide evenly."""
+        if batch_size % self.world_size:
+            raise UserError(
+                f"batch size {batch_size} does not divide over {self.world_size} processes; "
+                f"take a multiple of {self.world_size}"
+            )
+        return batch_size // self.world_size
+
+
+def start_process() -> Process:
+    """Join the processes that the `deepspeed` launcher started; alone when there is no launcher."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Compiling this shared-memory operation takes 50 s, and only inference_all_reduce, never called here, uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return Process(
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        local_rank=local_rank,
+        device=device,
+    )
+
+
+def on_main(process: Process, action: Callable[[], Result]) -> Result:
+    """Run `action` on the main process alone and give every rank its result, or its `UserError`."""
+    outcome: list[Any] = [None, None]
+    if process.is_main:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    if process.world_size > 1:
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def average_batchnorm(module: nn.Module) -> None:
+    """Replace the running statistics of every rank by their mean over ranks.
+
+    Each rank normalises with its own batches, so the statistics drift apart; nothing else keeps them equal.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    offset = 0
+    for buffer in buffers:
+        buffer.copy_(flat[offset : offset + buffer.numel()].view_as(buffer))
+        offset += buffer.numel()

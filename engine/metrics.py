@@ -1,0 +1,122 @@
+"""What a training says about itself: sums over passes, the metrics file, TensorBoard, and the console."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Loss, top-1 and speed since the last reading. Sums stay on the device: reading them is the only synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss x images, correct, images
+        self._started = time.perf_counter()
+        self._waited = 0.0
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """One pass: mean loss [], logits [N, classes], labels [N]."""
+        correct = (logits.argmax(1) == labels).sum()
+        images = torch.full_like(correct, len(labels))
+        self._sums += torch.stack([loss.detach() * len(labels), correct, images]).double()
+
+    def read(self, wait_seconds: float) -> dict[str, float]:
+        """Means over ranks since the last call, and images/s of all ranks; `wait_seconds` is the loader's total."""
+        sums = self._sums.clone()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        loss, correct, images = sums.tolist()
+        now = time.perf_counter()
+        seconds = now - self._started
+        values = {
+            "loss": loss / max(images, 1),
+            "top1": correct / max(images, 1),
+            "images_per_s": images / seconds,
+            "data_wait_share": (wait_seconds - self._waited) / seconds,
+        }
+        self._sums.zero_()
+        self._started, self._waited = now, wait_seconds
+        return values
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and TensorBoard; a resumed run first drops what lies past its checkpoint."""
+
+    def __init__(self, file: Path, tensorboard: Path, *, resume_epoch: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if file.exists():
+            lines = [line for line in file.read_text().splitlines(keepends=True) if _epoch_of(line) <= resume_epoch]
+            file.write_text("".join(lines))
+        self._file = open(file, "a", buffering=1)  # noqa: SIM115 - open as long as the training
+        self._tensorboard = SummaryWriter(str(tensorboard), purge_step=resume_epoch + 1)
+
+    def write(self, kind: str, epoch: int, values: dict[str, Any]) -> None:
+        """One line; numbers also go to TensorBoard as `kind/name`, lists of numbers as histograms."""
+        self._file.write(json.dumps({"kind": kind, "epoch": epoch, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, epoch)
+            elif isinstance(value, list) and value and isinstance(value[0], float):
+                self._tensorboard.add_histogram(f"{kind}/{name}", torch.tensor(value), epoch)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+def _epoch_of(line: str) -> float:
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError):  # the last line of a killed run
+        return float("inf")
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Reporter:
+    """Progress of a training on the console of the main process: a line that renews itself, or one line per epoch."""
+
+    def __init__(self, total_epochs: int, *, enabled: bool) -> None:
+        self._total_epochs = total_epochs
+        self._enabled = enabled
+        self._live = enabled and sys.stdout.isatty()
+        self._started: tuple[float, float] | None = None
+        self._shown = 0.0
+
+    def due(self) -> bool:
+        """Whether a live line should be renewed now; at most every two seconds, since reading the meter synchronises."""
+        return self._live and time.perf_counter() - self._shown > 2
+
+    def show(self, epoch: float, values: dict[str, float], *, done: bool) -> None:
+        """Epochs finished (a fraction inside an epoch) and the meter's values."""
+        now = time.perf_counter()
+        self._shown = now
+        if self._started is None:
+            self._started = (now, epoch)
+        left = ""
+        if epoch > self._started[1]:
+            pace = (now - self._started[0]) / (epoch - self._started[1])
+            left = f"  left {duration(pace * (self._total_epochs - epoch))}"
+        line = (
+            f"epoch {epoch:6.1f}/{self._total_epochs}  loss {values['loss']:.4f}  top-1 {values['top1']:.4f}  "
+            f"{values['images_per_s']:.0f} images/s  waiting for data {values['data_wait_share']:.1%}{left}"
+        )
+        if self._live:
+            print(f"\r\x1b[K{line}", end="\n" if done else "", flush=True)
+        elif self._enabled and done:
+            print(line, flush=True)
+
+    def say(self, text: str) -> None:
+        if self._enabled:
+            print(f"\r\x1b[K{text}" if self._live else text, flush=True)

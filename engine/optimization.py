@@ -1,0 +1,124 @@
+"""Forward, backward and step of any network here: DeepSpeed's engine, SGD, and the learning-rate schedule."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import OptimizerConfig, Precision
+from engine.distributed import Process
+from engine.errors import UserError
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def default_precision(process: Process) -> Precision:
+    """bf16 on a GPU. fp32 on a CPU, where bf16 backward of depthwise convolutions is twice as slow."""
+    return "bf16" if process.device.type == "cuda" else "fp32"
+
+
+def learning_rate(config: OptimizerConfig, peak: float, epoch: float, total_epochs: int) -> float:
+    """Linear warmup to `peak`, then one cosine cycle to zero over all epochs (paper, section 4.1).
+
+    `epoch` may be fractional: the position in training before the step that is made.
+    """
+    warmup = config.warmup_epochs
+    factor = 1.0 if epoch >= warmup else epoch / warmup
+    return peak * factor * 0.5 * (1 + math.cos(math.pi * min(epoch / total_epochs, 1.0)))
+
+
+def deepspeed_config(
+    batch_size: int, process: Process, precision: Precision, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run, with the user's JSON merged over it.
+
+    Raises `UserError` when the user's part changes what training relies on.
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": process.per_rank(batch_size),
+        "gradient_accumulation_steps": 1,
+        # The trainer decides after which backward pass the weights move: after a path or after a round.
+        "managed_gradient_accumulation": False,
+        "zero_optimization": {"stage": 0},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 10**9,
+    }
+    if precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+        config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    config = _merged(config, overrides)
+    stage = config["zero_optimization"].get("stage", 0)
+    if stage != 0:
+        raise UserError(
+            f"ZeRO stage {stage} in the DeepSpeed configuration; allowed is 0, because higher stages move weights of "
+            "operations that a step did not use; remove zero_optimization from the file"
+        )
+    if config["managed_gradient_accumulation"] or config["gradient_accumulation_steps"] != 1:
+        raise UserError(
+            "gradient accumulation in the DeepSpeed configuration; a round of paths accumulates by itself; "
+            "remove it from the file and choose --sampling.update and --optimizer.batch-size instead"
+        )
+    return config
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if nested else value
+    return result
+
+
+class Optimization:
+    """A network wrapped by DeepSpeed together with its optimizer.
+
+    Only the parameters that a step names are reduced over ranks and moved. The others have no gradient, so weight
+    decay and momentum leave them alone, bit for bit.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: OptimizerConfig,
+        process: Process,
+        precision: Precision,
+        overrides: Mapping[str, Any],
+    ) -> None:
+        import deepspeed
+
+        self.world_size = process.world_size
+        self.optimizer = torch.optim.SGD(
+            network.parameters(),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            foreach=True,
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=network,
+            optimizer=self.optimizer,
+            config=deepspeed_config(config.batch_size, process, precision, overrides),
+        )
+        # DeepSpeed would reduce all parameters, with zeros for those without a gradient.
+        self.engine.enable_backward_allreduce = False
+        # After initialize: DeepSpeed broadcasts weights as bytes, which channels_last ones refuse.
+        self.engine.module.to(memory_format=torch.channels_last)
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradients to the parameters'."""
+        self.engine.backward(loss)
+
+    def step(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        """Average the gradients of `parameters` over ranks, move them, and clear all gradients."""
+        if self.world_size > 1:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            self.engine.buffered_allreduce_fallback(grads=gradients)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()

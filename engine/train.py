@@ -1,0 +1,72 @@
+"""Train the supernet of a search, shrinking its space step by step.
+
+deepspeed engine/train.py --preset digits --run runs/digits
+deepspeed engine/train.py --preset imagenet --data.path /data/imagenet --run runs/imagenet
+deepspeed engine/train.py --run runs/digits --resume
+"""
+
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import tyro
+
+from engine.cli import load_deepspeed_overrides, option, parse, write_figures
+from engine.config import RunConfig
+from engine.data import open_dataset
+from engine.distributed import on_main, start_process
+from engine.errors import run
+from engine.presets import preset
+from engine.rundir import RunDir
+from engine.trainer import SupernetTrainer
+from kernels import set_backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    run: Path | None = None
+    """Run directory; by default runs/PRESET."""
+    resume: bool = False
+    """Continue the run from its newest checkpoint, with the configuration it started with."""
+    deepspeed_config: Path | None = None
+    """DeepSpeed JSON that is merged over the generated configuration."""
+    kernels: str | None = None
+    """Kernel backend to force: reference, triton or onednn."""
+    json: Path | None = None
+    """File for the figures of this training."""
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    default = TrainArguments(config=preset(option(argv, "preset") or "digits"))
+    arguments = parse(TrainArguments, __doc__, argv, default)
+    set_backend(arguments.kernels)
+    overrides = load_deepspeed_overrides(arguments.deepspeed_config)
+    path = arguments.run or Path("runs") / arguments.config.preset
+    process = start_process()
+    run_dir, config = on_main(process, lambda: _open_run(path, arguments))
+    with run_dir.lock() if process.is_main else nullcontext():
+        data = on_main(process, lambda: open_dataset(config.data, run_dir.split_file))
+        trainer = SupernetTrainer(config, run_dir, process, data, overrides)
+        trainer.train()
+        if process.is_main:
+            write_figures(arguments.json, trainer.figures())
+            print(f"supernet trained; everything is in {run_dir.path}")
+
+
+def _open_run(path: Path, arguments: TrainArguments) -> tuple[RunDir, RunConfig]:
+    if arguments.resume:
+        run_dir = RunDir.open(path)
+        return run_dir, run_dir.config()
+    classes = len(open_dataset(arguments.config.data).classes)
+    config = replace(arguments.config, space=replace(arguments.config.space, classes=classes))
+    return RunDir.create(path, config), config
+
+
+if __name__ == "__main__":
+    run(main)

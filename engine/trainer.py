@@ -1,0 +1,268 @@
+"""Supernet training with step-shrinking (paper, Algorithm 1)."""
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from engine.config import RunConfig
+from engine.data import Dataset
+from engine.distributed import Process, average_batchnorm
+from engine.evaluate import Evaluator
+from engine.evaluation_set import EvaluationSet, evaluation_set
+from engine.loader import TrainLoader
+from engine.metrics import Meter, MetricsLog, Reporter
+from engine.optimization import Optimization, default_precision, learning_rate
+from engine.rundir import RunDir, write_json
+from engine.sampling import fair_archs, fair_round, uniform_arch, uniform_round
+from engine.shrink import importance, importance_to_json, shrink
+from engine.space import Arch, Space
+from engine.store import EvaluationStore
+from engine.supernet import Supernet, crop_to
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROBE_SUBNETS = 20
+"""Random subnets that are scored before and after each shrink step (paper, Figure 5)."""
+
+
+class SupernetTrainer:
+    """Trains the supernet of a run, from the start or from its newest checkpoint."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDir,
+        process: Process,
+        data: Dataset,
+        deepspeed_overrides: Mapping[str, Any],
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.process = process
+        self.data = data
+        self.overrides = deepspeed_overrides
+        self.precision = config.precision or default_precision(process)
+        self.loader = TrainLoader(
+            data.train,
+            config.data,
+            batch_size=process.per_rank(config.optimizer.batch_size),
+            seed=config.seed,
+            rank=process.rank,
+            world_size=process.world_size,
+            device=process.device,
+            dtype=torch.float32 if self.precision == "fp32" else torch.float16,
+        )
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optimizer.label_smoothing)
+        self.draw_round = fair_round if config.sampling.sampler == "fair" else uniform_round
+        self.progress = Progress()
+        self.last_values: dict[str, float] = {}
+        self.probes: dict[str, float] = {}
+        """Median top-1 of random subnets by the moment they were scored."""
+        self.supernet: Supernet
+        self.optimization: Optimization
+        checkpoint = latest_checkpoint(run.checkpoints)
+        if checkpoint is None:
+            torch.manual_seed(config.seed)
+            self._wrap(Supernet(config.space, config.sharing))
+        else:
+            space, self.progress, state = load_checkpoint(checkpoint, config.space)
+            supernet = Supernet(space, config.sharing)
+            supernet.load_state_dict(state["supernet"])
+            self._wrap(supernet)
+            self.optimization.optimizer.load_state_dict(state["optimizer"])
+        self.reporter = Reporter(config.shrink.total_epochs, enabled=process.is_main)
+        self.log = (
+            MetricsLog(run.metrics_file, run.tensorboard, resume_epoch=self.progress.epoch) if process.is_main else None
+        )
+
+    @property
+    def space(self) -> Space:
+        return self.supernet.space
+
+    def _wrap(self, supernet: Supernet) -> None:
+        self.supernet = supernet.to(self.process.device)
+        self.optimization = Optimization(
+            self.supernet, self.config.optimizer, self.process, self.precision, self.overrides
+        )
+
+    # ---- the whole training
+
+    def train(self) -> None:
+        """Train all epochs and make all shrink steps that are still to do."""
+        steps = self.config.shrink.step_epochs
+        while self.progress.epoch < self.config.shrink.total_epochs:
+            if self.progress.epoch in steps[self.progress.shrink_steps :]:
+                self.make_shrink_step()
+            self.train_epoch()
+        self.probe("final")
+        if self.log is not None:
+            self.log.close()
+
+    def train_epoch(self) -> None:
+        """As many passes as an epoch has batches, rounded up to whole rounds; then a checkpoint."""
+        per_epoch = self.loader.steps_per_epoch
+        end = (self.progress.epoch + 1) * per_epoch
+        meter = Meter(self.process.device)
+        batches = self._batches()
+        self.supernet.train()
+        while self.progress.passes < end:
+            self.train_round(batches, meter)
+            if self.reporter.due() and self.process.world_size == 1:
+                epoch = min(self.progress.passes, end) / per_epoch
+                self.reporter.show(epoch, meter.read(self.loader.wait_seconds), done=False)
+        self.progress.epoch += 1
+        average_batchnorm(self.supernet)
+        values = self.last_values = meter.read(self.loader.wait_seconds)
+        self.reporter.show(self.progress.epoch, values, done=True)
+        self._write("epoch", {**values, "learning_rate": self._learning_rate(), "rounds": self.progress.rounds})
+        self._save()
+
+    def train_round(self, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) -> None:
+        """One round of fair paths (SPEC of sampling: `engine/sampling.py`)."""
+        paths = self.draw_round(self.space, self.config.seed, self.progress.rounds)
+        images, labels = self._next(batches)
+        for number, arch in enumerate(paths):
+            if number and self.config.sampling.batches == "fresh":
+                images, labels = self._next(batches)
+            logits = self.optimization.forward(images, arch)
+            loss = self.criterion(logits.float(), labels)
+            self.optimization.backward(loss)
+            meter.add(loss, logits, labels)
+            if self.config.sampling.update == "path":
+                self.optimization.step(self.supernet.active_parameters(arch), self._learning_rate())
+            self.progress.passes += 1
+        if self.config.sampling.update == "round":
+            self.optimization.step(self._parameters_of(paths), self._learning_rate())
+        self.progress.rounds += 1
+
+    def _parameters_of(self, paths: list[Arch]) -> list[nn.Parameter]:
+        return list(dict.fromkeys(p for arch in paths for p in self.supernet.active_parameters(arch)))
+
+    def _learning_rate(self) -> float:
+        epoch = self.progress.passes / self.loader.steps_per_epoch
+        config = self.config.optimizer
+        return learning_rate(config, config.learning_rate, epoch, self.config.shrink.total_epochs)
+
+    # ---- images
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches from the next one that no pass has seen, without end."""
+        epoch, start = divmod(self.progress.batches, self.loader.steps_per_epoch)
+        while True:
+            yield from self.loader.epoch(epoch, start=start)
+            epoch, start = epoch + 1, 0
+
+    def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        self.progress.batches += 1
+        return next(batches)
+
+    # ---- shrinking
+
+    def make_shrink_step(self) -> None:
+        """Score fair models, drop operations, and go on with the smaller supernet (Algorithm 1, lines 4-16)."""
+        step = self.progress.shrink_steps
+        keep = self.config.shrink.keep[step]
+        before = self.space
+        self.probe(f"before step {step + 1}")
+        archs = fair_archs(
+            before, self.config.seed + step + 1, before.max_live * self.config.shrink.models_per_operation
+        )
+        self.reporter.say(f"shrink step {step + 1}: scoring {len(archs)} subnets to keep {keep} operations per block")
+        top1 = [score.top1 for score in self.evaluator().evaluate(archs)]
+        ratios = importance(before, archs, top1)
+        after = shrink(before, ratios, keep)
+        if self.process.is_main:
+            write_json(
+                self.run.shrink_file(step + 1),
+                {
+                    "keep": keep,
+                    "models": [{"arch": str(arch), "top1": value} for arch, value in zip(archs, top1, strict=True)],
+                    "importance": importance_to_json(ratios),
+                },
+            )
+            write_json(self.run.space_file(step + 1), after.to_json())
+        self._shrink_to(after)
+        self.progress.shrink_steps += 1
+        self._write("shrink", {"step": step + 1, "architectures": float(after.num_architectures)})
+        self.reporter.say(
+            f"shrink step {step + 1}: {before.num_architectures:.3g} -> {after.num_architectures:.3g} architectures"
+        )
+        self.probe(f"after step {step + 1}")
+
+    def _shrink_to(self, space: Space) -> None:
+        """Replace supernet and optimizer by smaller ones with the same values; what is dropped leaves memory."""
+        momentum = {
+            name: self.optimization.optimizer.state[parameter]["momentum_buffer"]
+            for name, parameter in self.supernet.named_parameters()
+            if "momentum_buffer" in self.optimization.optimizer.state.get(parameter, {})
+        }
+        self._wrap(self.supernet.shrunk(space))
+        parameters = {n: p for n, p in self.supernet.named_parameters() if n in momentum}
+        for name, buffer in crop_to(dict(parameters), momentum).items():
+            self.optimization.optimizer.state[parameters[name]]["momentum_buffer"] = buffer
+
+    def evaluator(self) -> Evaluator:
+        """Scores subnets with the weights of this moment on the search-validation set."""
+        recalibration: EvaluationSet | None = None
+        if self.config.shrink.bn == "recalibrate":
+            recalibration = recalibration_set(self.config, self.data)
+        return Evaluator(
+            self.supernet,
+            evaluation_set(self.data.search_val, self.config.data),
+            bn=self.config.shrink.bn,
+            recalibration=recalibration,
+            device=self.process.device,
+            dtype=COMPUTE_DTYPES[self.precision],
+            memory_budget_mib=self.config.evaluation.memory_mib,
+            store=EvaluationStore(self.run.evaluations),
+            progress=self.process.is_main,
+        )
+
+    def probe(self, when: str) -> None:
+        """Score the same number of random subnets and write their top-1 distribution (paper, Figure 5)."""
+        rng = random.Random(self.config.seed)
+        archs = [uniform_arch(self.space, rng) for _ in range(PROBE_SUBNETS)]
+        top1 = sorted(score.top1 for score in self.evaluator().evaluate(archs))
+        self.probes[when] = median(top1)
+        self._write("probe", {"when": when, "top1": top1, "median": median(top1)})
+        self.reporter.say(
+            f"{PROBE_SUBNETS} random subnets {when}: one-shot top-1 {top1[0]:.4f} / {median(top1):.4f} / {top1[-1]:.4f} "
+            "(min / median / max)"
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """What a finished training reports: every probe, every space, and the last epoch's speed."""
+        return {
+            "epochs": self.progress.epoch,
+            "passes": self.progress.passes,
+            "architectures": [str(space.num_architectures) for space in self.run.spaces()],
+            **self.last_values,
+            "probes": self.probes,
+        }
+
+    # ---- files
+
+    def _write(self, kind: str, values: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(kind, self.progress.epoch, values)
+
+    def _save(self) -> None:
+        if self.process.is_main:
+            state = {
+                "supernet": self.supernet.state_dict(),
+                "optimizer": self.optimization.optimizer.state_dict(),
+            }
+            keep = {*self.config.shrink.step_epochs, self.config.shrink.total_epochs}
+            save_checkpoint(self.run.checkpoints, self.space, replace(self.progress), state, keep)
+
+
+def recalibration_set(config: RunConfig, data: Dataset) -> EvaluationSet:
+    """Training images, seeded, seen through the evaluation transform."""
+    count = min(config.evaluation.recalibration_images, len(data.train))
+    indices = sorted(random.Random(config.seed).sample(range(len(data.train)), count))
+    return evaluation_set(data.train.subset(indices), config.data)
