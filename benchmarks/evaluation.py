@@ -1,0 +1,109 @@
+"""How fast are subnets scored, against one after another? And are the counts the same?
+
+python benchmarks/evaluation.py
+python benchmarks/evaluation.py --cases full-360 shrunk-1000 --repeats 5 --json evaluation.json --plot evaluation.png
+
+In one process, on the same trained weights, images and models: (a) one after another through a torch DataLoader, eager
+float32 NCHW, as the public systems do; (b) the best eager way: channels_last, images cached on the device, float32 or
+bfloat16, whichever is faster; and the batched evaluator. (a) and (b) run a sample of the models, for their time is
+proportional to the number of models; contenders take turns in every repeat, and ratios are taken within a repeat.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.evaluation_case import TRAINING_IMAGES, full_space, load_images, shrunk_space, trained_supernet
+from benchmarks.evaluation_measure import Case, measure_case
+from benchmarks.provenance import provenance
+from engine.cli import parse, write_figures
+from engine.errors import UserError, run
+
+CaseName = Literal["full-36", "full-360", "full-1000", "shrunk-36", "shrunk-360", "shrunk-1000"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationArguments:
+    """Measure the evaluator."""
+
+    cases: tuple[CaseName, ...] = ("full-36", "full-360", "shrunk-360", "shrunk-1000")
+    """Space and number of models."""
+    images: int = 1000
+    """Images that each model is scored on."""
+    recalibration_images: int = 2000
+    """Training images for recalibrated statistics; 0 leaves recalibration out."""
+    repeats: int = 3
+    """Times that each contender runs, after a first run that is reported apart."""
+    sequential_models: int = 12
+    """Models that (a) and (b) run per repeat, spread over all; 0 runs all."""
+    train_steps: int = 540
+    """Training steps of the supernet, a round of fair paths every 18."""
+    device: str = "cpu"
+    """Device that scores."""
+    bf16: bool = False
+    """Score in bfloat16 too, and compare the ranking with float32's."""
+    early: bool = True
+    """Measure early decisions of the best and the worst third at 99.9 %."""
+    memory_mib: int | None = None
+    """Memory budget in MiB; by default the evaluator's own."""
+    cache_dir: str = "~/.cache/bsnas"
+    """Where the trained supernet is kept."""
+    json: Path | None = None
+    """File for the figures."""
+    plot: Path | None = None
+    """File (.png or .svg) for a plot of time against the number of models."""
+
+    def __post_init__(self) -> None:
+        if min(self.images, self.repeats, self.train_steps) < 1 or not self.cases:
+            raise UserError("images, repeats and train_steps must be at least 1, and one case must be given")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"device {self.device} is not there; use --device cpu")
+
+
+def main() -> None:
+    arguments = parse(EvaluationArguments, __doc__, sys.argv[1:])
+    console = Console(stderr=True)
+    device = torch.device(arguments.device)
+    data = load_images(TRAINING_IMAGES, TRAINING_IMAGES + arguments.images)
+    cache = Path(arguments.cache_dir).expanduser()
+    supernet = trained_supernet(arguments.train_steps, cache, device, console)
+    recalibration = load_images(0, arguments.recalibration_images) if arguments.recalibration_images else None
+    rows: list[dict[str, Any]] = []
+    for name in arguments.cases:
+        kind, count = name.split("-")
+        net = supernet if kind == "full" else supernet.shrunk(shrunk_space(full_space())).eval()
+        console.print(f"{name}: {count} models x {arguments.images} images")
+        case = Case(kind, int(count), net, data, recalibration, device)
+        row = measure_case(case, arguments, console)
+        rows.append(row)
+        _show(console, row)
+        figures = {**provenance(), "device": _device_name(device), "torch": torch.__version__, "cases": rows}
+        write_figures(arguments.json, figures)
+    if arguments.plot is not None:
+        from benchmarks.evaluation_plot import plot
+
+        plot(rows, arguments.plot)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+
+
+def _show(console: Console, row: dict[str, Any]) -> None:
+    table = Table("figure", "value", show_header=False)
+    for name, value in row.items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run(main)
