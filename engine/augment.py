@@ -14,7 +14,8 @@ from engine.order import Indices, sample_uniform
 
 RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10
-DRAWS = 2 * ATTEMPTS + 3  # area and aspect ratio per attempt, then row, column, flip
+SHIFT_DRAWS = 3  # row, column, flip
+DRAWS = SHIFT_DRAWS + 2 * ATTEMPTS  # then area and aspect ratio per attempt
 
 Int32 = npt.NDArray[np.int32]
 Uniform = npt.NDArray[np.float64]
@@ -33,13 +34,14 @@ class Windows(NamedTuple):
 
 def draw_windows(config: DataConfig, seed: int, epoch: int, indices: Indices, image_shapes: Int32) -> Windows:
     """Windows of the samples at `indices`; `image_shapes` is [N, 2], height and width."""
-    uniform = sample_uniform(seed, epoch, indices, DRAWS)
-    mirror = (uniform[:, -1] < 0.5 if config.flip else np.zeros(len(indices))).astype(np.int32)
-    if config.augment == "resized-crop":
+    crops = config.augment == "resized-crop"
+    uniform = sample_uniform(seed, epoch, indices, DRAWS if crops else SHIFT_DRAWS)
+    mirror = (uniform[:, 2] < 0.5 if config.flip else np.zeros(len(indices))).astype(np.int32)
+    if crops:
         start, shape = resized_crop(image_shapes, uniform, config.crop_scale)
     else:
         pad = config.pad if config.augment == "pad-crop" else 0
-        start = np.floor(uniform[:, -3:-1] * (2 * pad + 1)).astype(np.int32) - pad
+        start = np.floor(uniform[:, :2] * (2 * pad + 1)).astype(np.int32) - pad
         shape = np.full_like(start, config.resolution)
     return Windows(start, shape, mirror)
 
@@ -51,13 +53,13 @@ def resized_crop(image_shapes: Int32, uniform: Uniform, scale: tuple[float, floa
     none fits, the largest centred window of an allowed aspect ratio.
     """
     height, width = image_shapes[:, :1].astype(np.float64), image_shapes[:, 1:].astype(np.float64)
-    area = height * width * (scale[0] + uniform[:, 0 : 2 * ATTEMPTS : 2] * (scale[1] - scale[0]))
+    area = height * width * (scale[0] + uniform[:, SHIFT_DRAWS::2] * (scale[1] - scale[0]))
     low, high = np.log(RATIO)
-    ratio = np.exp(low + uniform[:, 1 : 2 * ATTEMPTS : 2] * (high - low))
+    ratio = np.exp(low + uniform[:, SHIFT_DRAWS + 1 :: 2] * (high - low))
     shapes = np.stack([np.round(np.sqrt(area / ratio)), np.round(np.sqrt(area * ratio))], -1)  # [N, attempts, 2]
     fits = np.all((shapes > 0) & (shapes <= image_shapes[:, None]), axis=-1)
     shape = shapes[np.arange(len(shapes)), fits.argmax(1)]
-    start = np.floor(uniform[:, -3:-1] * (image_shapes - shape + 1))
+    start = np.floor(uniform[:, :2] * (image_shapes - shape + 1))
 
     fallback = np.concatenate(
         [np.minimum(height, np.round(width / RATIO[0])), np.minimum(width, np.round(height * RATIO[1]))], 1

@@ -1,0 +1,180 @@
+"""How many training images a second does the loader give, against DALI's own reader and torchvision's DataLoader?
+
+python benchmarks/loader.py
+python benchmarks/loader.py --cases photographs --rounds 9 --json loader.json
+
+On the CPU, in one run and on the same cores: every contender has as many threads or workers as there are cores. The
+photographs are generated (see benchmarks/photographs.py); the resized copy has a shorter side of 256 pixels. Contenders
+take turns in every round; figures are medians over rounds, ratios are taken within a round.
+"""
+
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.loader_contenders import CONTENDERS
+from benchmarks.photographs import write_photographs, write_resized
+from benchmarks.provenance import provenance
+from engine.cli import parse, write_figures
+from engine.data import DataConfig, open_dataset
+from engine.errors import UserError, run
+from engine.image_files import FileList
+
+Case = Literal["photographs", "resized", "digits"]
+CASES: tuple[Case, ...] = ("photographs", "resized", "digits")
+WARMUP_BATCHES = 6  # more than any contender holds ready, so that the timed ones are made while the clock runs
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderArguments:
+    """Measure the training loader."""
+
+    cases: tuple[Case, ...] = CASES
+    """Image sets: photographs of 500x375, their copy with a shorter side of 256, digits of 8x8."""
+    images: int = 512
+    """Photographs to generate."""
+    batch_size: int = 64
+    """Images per batch."""
+    batches: int = 16
+    """Timed batches per contender and round; ten times as many on digits."""
+    rounds: int = 5
+    """Rounds, in each of which every contender runs once."""
+    threads: int = 0
+    """Threads or worker processes of every contender; 0 takes one per core."""
+    cache_dir: str = "~/.cache/bsnas"
+    """Where the images are kept."""
+    json: Path | None = None
+    """File for the figures."""
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.batches, self.rounds) < 1 or self.threads < 0 or not self.cases:
+            raise UserError(
+                "batch_size, batches and rounds must be at least 1, threads at least 0, and cases not empty"
+            )
+        if self.images < 2 * self.batch_size:
+            raise UserError(
+                f"{self.images} images are too few for batches of {self.batch_size}; give at least twice that"
+            )
+
+
+def main() -> None:
+    arguments = parse(LoaderArguments, __doc__, sys.argv[1:])
+    console = Console()
+    cases = {}
+    for case in arguments.cases:
+        console.print(f"{case}: {arguments.rounds} rounds of {len(CONTENDERS)} loaders")
+        files, config = open_case(case, arguments)
+        cases[case] = {"bytes_per_image": int(files.sizes.mean()), **compare(files, config, arguments, case)}
+        console.print(table(cases[case]))
+    figures: dict[str, Any] = {**provenance(), "cores": len(os.sched_getaffinity(0)), "cases": cases}
+    figures |= {key: value for key, value in cases.get("photographs", {}).items() if key != "bytes_per_image"}
+    if "resized" in cases:
+        figures["resized_speedup_vs_torchvision"] = cases["resized"]["speedup_vs_torchvision"]
+    if "resized" in cases and "photographs" in cases:
+        ours = cases["resized"]["images_per_s"]["ours"]
+        originals = cases["photographs"]["images_per_s"]["torchvision_pil"]
+        figures["resized_speedup_vs_torchvision_on_originals"] = ours / originals
+    write_figures(arguments.json, figures)
+
+
+def open_case(case: Case, arguments: LoaderArguments) -> tuple[FileList, DataConfig]:
+    """The training files of a case and how they are augmented."""
+    cache = Path(arguments.cache_dir).expanduser()
+    threads = arguments.threads or len(os.sched_getaffinity(0))
+    if case == "digits":
+        config = DataConfig(cache_dir=str(cache), resolution=16, pad=1, threads=threads)
+        return open_dataset(config).train, config
+    root = write_photographs(cache / "benchmark" / f"photographs-{arguments.images}", arguments.images)
+    if case == "resized":
+        root = write_resized(root, cache / "benchmark" / f"resized-{arguments.images}")
+    config = DataConfig(
+        source="folder",
+        path=str(root),
+        cache_dir=str(cache),
+        resolution=224,
+        resize=256,
+        val_per_class=1,
+        augment="resized-crop",
+        flip=True,
+        threads=threads,
+        **IMAGENET,  # type: ignore[arg-type]
+    )
+    return open_dataset(config).train, config
+
+
+def compare(files: FileList, config: DataConfig, arguments: LoaderArguments, case: Case) -> dict[str, Any]:
+    """Figures per contender, and the two ratios that matter."""
+    batches = arguments.batches * (10 if case == "digits" else 1)
+    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
+    for _ in range(arguments.rounds):
+        for name in CONTENDERS:
+            # A process of its own: no contender meets threads, memory or imports of another.
+            with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                rows[name].append(alone.submit(measure, name, files, config, arguments.batch_size, batches).result())
+
+    def over_rounds(column: int) -> dict[str, float]:
+        return {name: median(row[column] for row in rounds) for name, rounds in rows.items()}
+
+    def ratio(peer: str) -> float:
+        return median(own[0] / other[0] for own, other in zip(rows["ours"], rows[peer], strict=True))
+
+    return {
+        "images_per_s": over_rounds(0),
+        "cpu_ms_per_image": over_rounds(1),
+        "speedup_vs_torchvision": ratio("torchvision_pil"),
+        "speedup_vs_torchvision_decode_jpeg": ratio("torchvision_decode_jpeg"),
+        "share_of_bare_dali": ratio("bare_dali"),
+    }
+
+
+def measure(name: str, files: FileList, config: DataConfig, batch_size: int, batches: int) -> tuple[float, float]:
+    """Images/s, and CPU ms per image over all processes of a contender."""
+    contender = CONTENDERS[name](files, config, batch_size)
+    for _ in range(WARMUP_BATCHES):
+        next(contender.batches)
+    cpu, clock = cpu_seconds(contender.worker_pids), time.perf_counter()
+    for _ in range(batches):
+        next(contender.batches)
+    seconds, cpu = time.perf_counter() - clock, cpu_seconds(contender.worker_pids) - cpu
+    images = batches * batch_size
+    return images / seconds, 1000 * cpu / images
+
+
+def cpu_seconds(worker_pids: list[int]) -> float:
+    """CPU time that this process and its workers have used."""
+    ticks = 0
+    for pid in worker_pids:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(after_name[11]) + int(after_name[12])  # utime and stime
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def table(figures: dict[str, Any]) -> Table:
+    """Contenders as rows."""
+    title = f"{figures['bytes_per_image'] / 1000:.1f} KB an image"
+    result = Table("loader", "images/s", "CPU ms/image", "ours is", title=title)
+    for name in CONTENDERS:
+        speed = figures["images_per_s"]
+        result.add_row(
+            name,
+            f"{speed[name]:.0f}",
+            f"{figures['cpu_ms_per_image'][name]:.3f}",
+            f"{speed['ours'] / speed[name]:.2f}x",
+        )
+    return result
+
+
+if __name__ == "__main__":
+    run(main)
