@@ -1,7 +1,7 @@
 """Generated JPEGs that cost as much to decode as photographs of ImageNet's mean size (500x375, 110 KB).
 
 Each is noise with an amplitude spectrum of 1/f^a, a between 0.8 and 1.5, as natural images have (colour channels
-correlated), a dozen translucent ellipses and rectangles for edges, and sensor noise of random strength, saved at quality
+correlated), a dozen translucent ellipses and rectangles for edges, and sensor noise of random strength; JPEG quality
 94. The noise sets the entropy: 112 KB an image, with a standard deviation of 16 KB.
 """
 
