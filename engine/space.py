@@ -59,6 +59,10 @@ class BlockDims(NamedTuple):
         return self.stride == 1 and self.in_channels == self.out_channels
 
 
+def _is_positive_integer(value: Any) -> bool:
+    return type(value) is int and value >= 1  # True is no width, although it is an int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Blocks that share one searched channel number (one line of Table 1)."""
@@ -75,13 +79,13 @@ class Cluster:
     """Stride of the first block; the others have stride 1."""
 
     def __post_init__(self) -> None:
-        if self.blocks < 1:
+        if not _is_positive_integer(self.blocks):
             raise UserError(f"a cluster has {self.blocks} blocks; at least 1 is needed")
-        if self.stride not in (1, 2):
+        if not _is_positive_integer(self.stride) or self.stride > 2:
             raise UserError(f"a cluster has stride {self.stride}; allowed are 1 and 2")
         for name in ("kernels", "expansions", "channels"):
             options = getattr(self, name)
-            if not options or len(set(options)) != len(options) or min(options) < 1:
+            if not options or len(set(options)) != len(options) or not all(map(_is_positive_integer, options)):
                 raise UserError(f"{name} {options} of a cluster: give one or more different positive integers")
         if any(kernel % 2 == 0 for kernel in self.kernels):
             raise UserError(f"kernels {self.kernels} of a cluster: kernel sizes must be odd")
@@ -163,13 +167,13 @@ class Space:
     def __post_init__(self) -> None:
         if not self.clusters:
             raise UserError("a space needs at least one cluster")
-        if self.stem_stride not in (1, 2):
+        if not _is_positive_integer(self.stem_stride) or self.stem_stride > 2:
             raise UserError(f"stem stride {self.stem_stride}; allowed are 1 and 2")
         for name in (
             "resolution", "input_channels", "classes", "stem_channels", "separable_channels", "tail_channels"
         ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} of a space is {getattr(self, name)}; it must be positive")
+            if not _is_positive_integer(getattr(self, name)):
+                raise UserError(f"{name} of a space is {getattr(self, name)}; it must be a positive integer")
         if not self.live:
             object.__setattr__(self, "live", tuple(self.clusters[j].operations for j in self.block_cluster))
         self._check_live()
@@ -339,16 +343,17 @@ class Space:
         """The space that `to_json` wrote. Raises `UserError` when the data is none."""
         try:
             fields = dict(table)
-            clusters = tuple(
-                Cluster(**{name: tuple(v) if isinstance(v, list) else v for name, v in cluster.items()})
-                for cluster in fields.pop("clusters")
-            )
+            clusters = tuple(Cluster(**_with_tuples(cluster)) for cluster in fields.pop("clusters"))
             live = tuple(tuple(_parse_operation(op) for op in ops) for ops in fields.pop("live"))
             return cls(clusters=clusters, live=live, **fields)
         except UserError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"this is not a search space: {error}; give a file that this program wrote") from None
+
+
+def _with_tuples(fields: Any) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _parse_operation(text: str) -> Operation:
