@@ -322,7 +322,7 @@ def depthwise_backward_kernel(
     if PREFETCH:  # as forward, the next rows are loaded before this one's arithmetic
         next_x = _load_rows(x_strip, AHEAD, alive, px0, H, W, C, STRIDE, TW, 0, TW - 1, EVEN)
         next_grads, next_ys = _gradient_columns(grad_strip, y_strip, 0, alive, qx0, HO, WO, C, COLUMNS)
-    for q in range(0, HO):
+    for q in range(0, (H - 1 + PAD) // STRIDE + 1):  # past HO, only to let the waiting rows out
         if PREFETCH:
             grads = next_grads
             ys = next_ys
@@ -340,27 +340,30 @@ def depthwise_backward_kernel(
                 rows, s, alive, px0, alive & ((row >= 0) & (row < H)), W, scale, shift,
                 TW, 0, TW - 1, EVEN, True, PROLOGUE,
             )  # fmt: skip
-        dys = ()
-        for column in tl.static_range(COLUMNS):
-            dy = a * grads[column].to(tl.float32) + b * ys[column].to(tl.float32) + offset
-            qx = qx0 + column
-            dys = dys + (tl.where(((qx >= 0) & (qx < WO))[:, None], dy, 0.0),)
-        filled = ()
-        new_grads = ()
-        for ky in tl.static_range(KERNEL):
-            for j in tl.static_range(TW):
-                total = gradients[ky * TW + j]
-                for column in tl.static_range(COLUMNS):
-                    if (j + PAD - STRIDE * (column + LOW) >= 0) and (j + PAD - STRIDE * (column + LOW) < KERNEL):
-                        total += dys[column] * weights[ky * KERNEL + j + PAD - STRIDE * (column + LOW)]
-                filled = filled + (total,)
-            for kx in tl.static_range(KERNEL):
-                tap_grad = w_grads[ky * KERNEL + kx]
+        filled = gradients
+        if q < HO:
+            dys = ()
+            for column in tl.static_range(COLUMNS):
+                dy = a * grads[column].to(tl.float32) + b * ys[column].to(tl.float32) + offset
+                qx = qx0 + column
+                dys = dys + (tl.where(((qx >= 0) & (qx < WO))[:, None], dy, 0.0),)
+            sums_of_rows = ()
+            new_grads = ()
+            for ky in tl.static_range(KERNEL):
                 for j in tl.static_range(TW):
-                    if (j + PAD - kx) % STRIDE == 0:
-                        tap_grad += window[ky * TW + j] * dys[(j + PAD - kx) // STRIDE - LOW]
-                new_grads = new_grads + (tap_grad,)
-        w_grads = new_grads
+                    total = gradients[ky * TW + j]
+                    for column in tl.static_range(COLUMNS):
+                        if (j + PAD - STRIDE * (column + LOW) >= 0) and (j + PAD - STRIDE * (column + LOW) < KERNEL):
+                            total += dys[column] * weights[ky * KERNEL + j + PAD - STRIDE * (column + LOW)]
+                    sums_of_rows = sums_of_rows + (total,)
+                for kx in tl.static_range(KERNEL):
+                    tap_grad = w_grads[ky * KERNEL + kx]
+                    for j in tl.static_range(TW):
+                        if (j + PAD - kx) % STRIDE == 0:
+                            tap_grad += window[ky * TW + j] * dys[(j + PAD - kx) // STRIDE - LOW]
+                    new_grads = new_grads + (tap_grad,)
+            filled = sums_of_rows
+            w_grads = new_grads
         for s in tl.static_range(STRIDE):
             row = STRIDE * q + s - PAD
             if (row >= 0) & (row < H):
@@ -378,13 +381,6 @@ def depthwise_backward_kernel(
                 moved = moved + (tl.zeros((BT, BC), tl.float32),)
         gradients = moved
         activations = kept
-    for ky in tl.static_range(KERNEL - STRIDE):  # rows below the last output row's topmost
-        row = STRIDE * HO + ky - PAD
-        if (row >= 0) & (row < H):
-            sums, weighted = _finish_row(
-                gradients, activations, x_strip + row * W * C, dx_strip + row * W * C, mean, bn_bias, tiny, reread, sums,
-                weighted, alive, px0, W, C, ky, EVEN, PROLOGUE, TW,
-            )  # fmt: skip
     for tap in tl.static_range(KERNEL * KERNEL):
         tl.store(w_partial + (group * KERNEL * KERNEL + tap) * C + c, tl.sum(w_grads[tap], 0), mask=c < C)
     if PROLOGUE:
