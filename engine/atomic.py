@@ -32,6 +32,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
             handle.write(content)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(handle.fileno(), 0o666 & ~umask)  # as open() would; temporary files are private
         os.replace(handle.name, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose a directory that can be written") from None

@@ -42,11 +42,20 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of an epoch; older ones go, except those of the epochs in `keep` and the `last` newest."""
     file = checkpoint_file(directory, progress.epoch)
+    write_state(file, {"space": space.to_json(), "progress": asdict(progress), **state})
+    for old in _all(directory)[:-last]:
+        if _epoch(old) not in keep:
+            old.unlink()
+    return file
+
+
+def write_state(file: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain data; the file appears whole or not at all. Raises `UserError` when it cannot."""
     temporary = file.with_suffix(".tmp")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as handle:
-            torch.save({"format": FORMAT, "space": space.to_json(), "progress": asdict(progress), **state}, handle)
+            torch.save({"format": FORMAT, **state}, handle)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, file)
@@ -55,10 +64,20 @@ def save_checkpoint(
         raise UserError(
             f"checkpoint {file} cannot be written: {error}; free space and continue with --resume"
         ) from None
-    for old in _all(directory)[:-last]:
-        if _epoch(old) not in keep:
-            old.unlink()
-    return file
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """What `write_state` wrote, on the CPU. Raises `UserError` for a damaged file or another format."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"checkpoint {file} cannot be read: {reason}; remove it to continue from the one before"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{file} is no checkpoint of format {FORMAT}; use a file that this version wrote")
+    return state
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -69,15 +88,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 def load_checkpoint(file: Path, full_space: Space) -> tuple[Space, Progress, dict[str, Any]]:
     """(space at that time, progress, everything else). Raises `UserError` for a damaged file or another space's."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"checkpoint {file} cannot be read: {reason}; remove it to continue from the one before"
-        ) from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{file} is no checkpoint of format {FORMAT}; use a file that this version wrote")
+    state = read_state(file)
     space = Space.from_json(state.pop("space"))
     if space.fingerprint != full_space.fingerprint:
         raise UserError(f"checkpoint {file} belongs to another search space than the run's; use the run's own files")

@@ -1,7 +1,10 @@
 """Command lines from dataclasses, and what every script shares."""
 
+import io
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +24,15 @@ def parse(kind: type[Arguments], description: str | None, argv: Sequence[str], d
     options: dict[str, Any] = {"args": own, "description": description}
     if default is not None:
         options["default"] = default
-    return tyro.cli(kind, **options)
+    captured = io.StringIO()
+    try:
+        with redirect_stderr(captured):
+            return tyro.cli(kind, **options)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, UserError):  # raised by a field's check: one line instead of tyro's box
+            raise stop.__context__ from None
+        print(captured.getvalue(), end="", file=sys.stderr)
+        raise
 
 
 def option(argv: Sequence[str], name: str) -> str | None:

@@ -98,8 +98,16 @@ class RetrainConfig:
     epochs: int = 240
     """Epochs of the stand-alone training."""
     learning_rate: float = 0.045
+    """Peak learning rate, reached after the warmup."""
     batch_size: int = 512
     """Images of one step over all processes together."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.learning_rate <= 0 or self.batch_size < 1:
+            raise UserError(
+                f"retraining with epochs {self.epochs}, learning rate {self.learning_rate}, batch size "
+                f"{self.batch_size}: each must be positive"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

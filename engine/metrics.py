@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Meter:
-    """Loss, top-1 and speed since the last reading. Sums stay on the device: reading them is the only synchronisation."""
+    """Loss, top-1 and speed since the last reading. Sums stay on the device; reading them synchronises."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss x images, correct, images
@@ -51,8 +51,9 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         if file.exists():
-            lines = [line for line in file.read_text().splitlines(keepends=True) if _epoch_of(line) <= resume_epoch]
-            file.write_text("".join(lines))
+            lines = file.read_text().splitlines(keepends=True)
+            ends = [number for number, line in enumerate(lines, 1) if _epoch_end(line) <= resume_epoch]
+            file.write_text("".join(lines[: max(ends, default=0)]))
         self._file = open(file, "a", buffering=1)  # noqa: SIM115 - open as long as the training
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=resume_epoch + 1)
 
@@ -70,11 +71,13 @@ class MetricsLog:
         self._tensorboard.close()
 
 
-def _epoch_of(line: str) -> float:
+def _epoch_end(line: str) -> float:
+    """The epoch whose end the line reports; infinity for any other line."""
     try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError):  # the last line of a killed run
+        entry = json.loads(line)
+    except ValueError:  # the last line of a killed run
         return float("inf")
+    return entry["epoch"] if entry["kind"] == "epoch" else float("inf")
 
 
 def duration(seconds: float) -> str:
@@ -95,7 +98,7 @@ class Reporter:
         self._shown = 0.0
 
     def due(self) -> bool:
-        """Whether a live line should be renewed now; at most every two seconds, since reading the meter synchronises."""
+        """Whether a live line is due: at most every two seconds, since reading the meter synchronises."""
         return self._live and time.perf_counter() - self._shown > 2
 
     def show(self, epoch: float, values: dict[str, float], *, done: bool) -> None:

@@ -62,7 +62,7 @@ def shrink(space: Space, ratios: Importance, keep: int) -> Space:
 
 
 def _best(ratios: Mapping[Operation, float], keep: int) -> list[Operation]:
-    """The `keep` operations with the largest positive ratio, or the single best one. Stable in the operations' order."""
+    """The `keep` operations with the largest positive ratio, or the single best one; the earlier of equals first."""
     ranked = sorted(ratios, key=lambda op: -ratios[op])
     return [op for op in ranked[:keep] if ratios[op] > 0] or ranked[:1]
 

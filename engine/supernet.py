@@ -8,7 +8,7 @@ A supernet holds only the live operations of its space. `shrunk` gives the small
 """
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -81,11 +81,12 @@ class SupernetBlock(nn.Module):
         self.weights = nn.ModuleDict({key: SharedWeights(*size) for key, size in sizes.items()})
 
     def shared_weights(self, op: Operation) -> BlockWeights:
-        shared = self.weights[_weight_key(op, self.sharing)]
+        shared = cast(SharedWeights, self.weights[_weight_key(op, self.sharing)])
         return BlockWeights(shared.expand, shared.depthwise, shared.project)
 
     def op_norms(self, op: Operation) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d]:
-        return tuple(self.norms[str(op)])  # type: ignore[arg-type]
+        expand, depthwise, project = cast(nn.ModuleList, self.norms[str(op)])
+        return cast(nn.BatchNorm2d, expand), cast(nn.BatchNorm2d, depthwise), cast(nn.BatchNorm2d, project)
 
     def active_parameters(self, op: Operation) -> Iterator[nn.Parameter]:
         yield from self.weights[_weight_key(op, self.sharing)].parameters()

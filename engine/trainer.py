@@ -22,7 +22,6 @@ from engine.rundir import RunDir, write_json
 from engine.sampling import fair_archs, fair_round, uniform_arch, uniform_round
 from engine.shrink import importance, importance_to_json, shrink
 from engine.space import Arch, Space
-from engine.store import EvaluationStore
 from engine.supernet import Supernet, crop_to
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,6 +94,8 @@ class SupernetTrainer:
     def train(self) -> None:
         """Train all epochs and make all shrink steps that are still to do."""
         steps = self.config.shrink.step_epochs
+        if self.progress.epoch == self.config.shrink.total_epochs:
+            self.reporter.say(f"all {self.progress.epoch} epochs are trained")
         while self.progress.epoch < self.config.shrink.total_epochs:
             if self.progress.epoch in steps[self.progress.shrink_steps :]:
                 self.make_shrink_step()
@@ -123,7 +124,7 @@ class SupernetTrainer:
         self._save()
 
     def train_round(self, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) -> None:
-        """One round of fair paths (SPEC of sampling: `engine/sampling.py`)."""
+        """One round of paths (engine/sampling.py)."""
         paths = self.draw_round(self.space, self.config.seed, self.progress.rounds)
         images, labels = self._next(batches)
         for number, arch in enumerate(paths):
@@ -219,7 +220,7 @@ class SupernetTrainer:
             device=self.process.device,
             dtype=COMPUTE_DTYPES[self.precision],
             memory_budget_mib=self.config.evaluation.memory_mib,
-            store=EvaluationStore(self.run.evaluations),
+            store=self.run.evaluations,
             progress=self.process.is_main,
         )
 
@@ -231,8 +232,8 @@ class SupernetTrainer:
         self.probes[when] = median(top1)
         self._write("probe", {"when": when, "top1": top1, "median": median(top1)})
         self.reporter.say(
-            f"{PROBE_SUBNETS} random subnets {when}: one-shot top-1 {top1[0]:.4f} / {median(top1):.4f} / {top1[-1]:.4f} "
-            "(min / median / max)"
+            f"{PROBE_SUBNETS} random subnets {when}: "
+            f"one-shot top-1 {top1[0]:.4f} / {median(top1):.4f} / {top1[-1]:.4f} (min / median / max)"
         )
 
     def figures(self) -> dict[str, Any]:

@@ -1,0 +1,137 @@
+"""Train a released network from scratch and report its accuracy on the test set.
+
+    deepspeed engine/retrain.py --run runs/digits
+    deepspeed engine/retrain.py --run runs/digits --arch c24:k3t3,k5t6_c48:...  --inherit
+
+Without --arch it takes the best architecture of the latest search. A training that was interrupted continues.
+"""
+
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from engine.checkpoint import read_state
+from engine.chosen_network import network_file
+from engine.cli import load_deepspeed_overrides, parse, write_figures
+from engine.config import RetrainConfig, RunConfig
+from engine.cost import CostModel
+from engine.distributed import Process, on_main, start_process
+from engine.errors import UserError, run
+from engine.evaluation_set import evaluation_set
+from engine.network_file import load_network, save_network
+from engine.rundir import RunDir, read_json, write_json
+from engine.space import Arch
+from engine.standalone import StandaloneTrainer, measure_accuracy
+from engine.subnet import Subnet, release
+from engine.trained_run import TrainedRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainArguments:
+    run: Path
+    """Run directory of a search."""
+    arch: str | None = None
+    """Architecture to train; by default the best of the latest search."""
+    inherit: bool = False
+    """Start from the supernet's weights instead of from scratch."""
+    epochs: int | None = None
+    """Epochs; by default as in the run's configuration."""
+    learning_rate: float | None = None
+    """Peak learning rate; by default as in the run's configuration."""
+    batch_size: int | None = None
+    """Images of one step over all processes; by default as in the run's configuration."""
+    overwrite: bool = False
+    """Replace the retrained network of another architecture or setting that the run holds."""
+    deepspeed_config: Path | None = None
+    """DeepSpeed JSON that is merged over the generated configuration."""
+    json: Path | None = None
+    """File for the figures of this training."""
+
+
+def main() -> None:
+    arguments = parse(RetrainArguments, __doc__, sys.argv[1:])
+    overrides = load_deepspeed_overrides(arguments.deepspeed_config)
+    process = start_process()
+    run_dir = RunDir.open(arguments.run)
+    with run_dir.lock() if process.is_main else nullcontext():
+        figures = retrain(run_dir, arguments, process, overrides)
+        if process.is_main:
+            write_figures(arguments.json, figures)
+            write_json(run_dir.retrain / "result.json", figures)
+            print(
+                f"test top-1 {figures['test_top1']:.4f}, top-5 {figures['test_top5']:.4f} on {figures['test_images']} "
+                f"images; {figures['macs'] / 1e6:.2f} M MACs, {figures['params'] / 1e6:.3f} M parameters; "
+                f"network in {network_file(run_dir)}"
+            )
+
+
+def retrain(
+    run_dir: RunDir, arguments: RetrainArguments, process: Process, overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """Train, save and test the network. Returns the figures of --json."""
+    config = _with_overrides(run_dir.config(), arguments)
+    arch = Arch.parse(arguments.arch or _best_arch(run_dir))
+    config.space.check(arch)
+    request = {
+        "arch": str(arch), "inherit": arguments.inherit, "epochs": config.retrain.epochs,
+        "learning_rate": config.retrain.learning_rate, "batch_size": config.retrain.batch_size,
+    }  # fmt: skip
+    on_main(process, lambda: _check_free(run_dir, request, arguments.overwrite))
+    torch.manual_seed(config.seed)
+    trained = TrainedRun.open(run_dir.path, process)
+    network = release(trained.supernet, arch) if arguments.inherit else Subnet(config.space, arch)
+    trainer = StandaloneTrainer(network, config, run_dir.retrain, request, process, trained.data, overrides)
+    trainer.train()
+    if process.is_main:
+        save_network(network_file(run_dir), trainer.network)
+    test = evaluation_set(trained.data.open_test(), config.data)
+    final = load_network(network_file(run_dir)) if process.is_main else network
+    accuracy = measure_accuracy(final.to(process.device), test, process.device)
+    macs, params = CostModel(config.space).macs_and_params(arch)
+    return {
+        **request,
+        "macs": macs,
+        "params": params,
+        "test_top1": accuracy.top1,
+        "test_top5": accuracy.top5,
+        "test_images": accuracy.images,
+    }
+
+
+def _with_overrides(config: RunConfig, arguments: RetrainArguments) -> RunConfig:
+    kept = config.retrain
+    settings = RetrainConfig(
+        epochs=kept.epochs if arguments.epochs is None else arguments.epochs,
+        learning_rate=kept.learning_rate if arguments.learning_rate is None else arguments.learning_rate,
+        batch_size=kept.batch_size if arguments.batch_size is None else arguments.batch_size,
+    )
+    return replace(config, retrain=settings)
+
+
+def _best_arch(run_dir: RunDir) -> str:
+    file = run_dir.search / "best.json"
+    if not file.is_file():
+        raise UserError(
+            f"{run_dir.path} holds no search result; run search/evolve.py --run {run_dir.path} first, or give --arch"
+        )
+    return read_json(file)["arch"]
+
+
+def _check_free(run_dir: RunDir, request: dict[str, Any], overwrite: bool) -> None:
+    """Raise `UserError` when the run holds the retraining of something else."""
+    file = run_dir.retrain / "checkpoint.pt"
+    if file.is_file() and not overwrite and read_state(file)["request"] != request:
+        raise UserError(
+            f"{run_dir.retrain} holds the training of {read_state(file)['request']}; "
+            "add --overwrite to replace it, or ask for the same to continue it"
+        )
+
+
+if __name__ == "__main__":
+    run(main)
