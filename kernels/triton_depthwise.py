@@ -61,12 +61,15 @@ def _normalised_row(
 
 @triton.jit
 def depthwise_forward_kernel(
-    x, stats, w, bias, y, partial, counts, N, H, W, HO, WO, C_units,
+    x, stats, w, out_scale, out_shift, y, partial, counts, N, H, W, HO, WO, C_units, images_per_segment,
     ALIGN: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr,
-    PROLOGUE: tl.constexpr, STATISTICS: tl.constexpr, BIAS_RELU6: tl.constexpr,
+    PROLOGUE: tl.constexpr, STATISTICS: tl.constexpr, EPILOGUE: tl.constexpr, RELU6: tl.constexpr,
     TW: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """x [N, H, W, C], w [KERNEL * KERNEL, C] float32 -> y [N, HO, WO, C]; zero padding comes after the prologue."""
+    """x [N, H, W, C], w [KERNEL * KERNEL, C] float32 -> y [N, HO, WO, C]; zero padding comes after the prologue.
+
+    In evaluation EPILOGUE: y = out_scale[s] * conv + out_shift[s] for the segment s of an image, then ReLU6; [S, C].
+    """
     PAD: tl.constexpr = KERNEL // 2
     DEPTH: tl.constexpr = (KERNEL - 1) // STRIDE + 1  # output rows that wait for input
     COLUMNS: tl.constexpr = (TW - 1) * STRIDE + KERNEL
@@ -87,8 +90,12 @@ def depthwise_forward_kernel(
     if PROLOGUE:
         scale = tl.load(stats + c, mask=c < C, other=0.0)[None, :]
         shift = tl.load(stats + C + c, mask=c < C, other=0.0)[None, :]
-    if BIAS_RELU6 != 0:
-        offset = tl.load(bias + c, mask=c < C, other=0.0)[None, :]
+    if EPILOGUE:
+        at = (image // images_per_segment)[:, None] * C + c[None, :]
+        final_scale = tl.full((1, BC), 1.0, tl.float32)
+        if out_scale is not None:
+            final_scale = tl.load(out_scale + at, mask=alive, other=0.0)
+        final_shift = tl.load(out_shift + at, mask=alive, other=0.0)
     weights = ()
     for tap in tl.static_range(KERNEL * KERNEL):
         weights = weights + (tl.load(w + tap * C + c, mask=c < C, other=0.0)[None, :],)
@@ -130,10 +137,10 @@ def depthwise_forward_kernel(
             tile_sum = tl.zeros((BT, BC), tl.float32)
             for j in tl.static_range(TW):
                 value = ring[(DEPTH - 1) * TW + j]
-                if BIAS_RELU6 != 0:
-                    value += offset
-                if BIAS_RELU6 == 2:
-                    value = relu6(value)
+                if EPILOGUE:
+                    value = value * final_scale + final_shift
+                    if RELU6:
+                        value = relu6(value)
                 mask = alive
                 if not EVEN:
                     mask = mask & (ox0 + j < WO)[:, None]
@@ -179,9 +186,12 @@ def output_size(size: int, stride: int) -> int:
 
 def depthwise_forward(
     x: Tensor, taps: Tensor, y: Tensor, stats: Tensor | None, kernel: int, stride: int, *, statistics: bool,
-    bias: Tensor | None = None, relu6: bool = False, config: DepthwiseConfig | None = None,
+    epilogue: tuple[Tensor | None, Tensor] | None = None, relu6: bool = False, config: DepthwiseConfig | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """x [N, H, W, C], taps [k * k, C] float32, y [N, HO, WO, C] -> partial statistics of y, if asked for."""
+    """x [N, H, W, C], taps [k * k, C] float32, y [N, HO, WO, C] -> partial statistics of y, if asked for.
+
+    `epilogue` (scale or None, shift), each [S, C] float32, and `relu6` are for evaluation: see the kernel.
+    """
     images, height, width, channels = x.shape
     out_height, out_width = y.shape[1:3]
     align = alignment(channels)
@@ -192,10 +202,11 @@ def depthwise_forward(
         partial = torch.empty((groups, 2, channels), device=x.device, dtype=torch.float32)
         counts = torch.empty((groups,), device=x.device, dtype=torch.float32)
     depthwise_forward_kernel[(groups * cdiv(channels, config.channels),)](
-        x, stats, taps, bias, y, partial, counts,
+        x, stats, taps, *(epilogue or (None, None)), y, partial, counts,
         images, height, width, out_height, out_width, channels // align,
+        images if epilogue is None else images // epilogue[1].shape[0],
         ALIGN=align, KERNEL=kernel, STRIDE=stride, EVEN=out_width % config.columns == 0,
-        PROLOGUE=stats is not None, STATISTICS=statistics, BIAS_RELU6=0 if bias is None else 1 + relu6,
+        PROLOGUE=stats is not None, STATISTICS=statistics, EPILOGUE=epilogue is not None, RELU6=relu6,
         TW=config.columns, BT=config.strips, BC=config.channels, num_warps=config.warps,
     )  # fmt: skip
     return None if partial is None or counts is None else (partial, counts)

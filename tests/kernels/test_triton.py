@@ -20,7 +20,9 @@ if not GPU and not INTERPRETED:
 from kernels import BlockShape, BlockWeights, inverted_residual, pointwise_bn_relu6, reference
 from kernels import triton_batch_norm as batch_norm
 from kernels.configs import DepthwiseConfig, PointwiseConfig
+from kernels.inference import Reference
 from kernels.triton_depthwise import depthwise_backward, depthwise_forward, output_size
+from kernels.triton_inference import Triton
 from kernels.triton_pointwise import (
     expand_backward_fused,
     input_gradient,
@@ -276,6 +278,39 @@ def test_weights_are_slices_and_centre_crops() -> None:
     for out, want in zip(full, expected, strict=True):
         check(out, want, torch.float32)
         assert torch.equal(out == 0, want == 0)
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("segments", [0, 1, 3])
+def test_inference(dtype: torch.dtype, segments: int) -> None:
+    """Folded (0) and segmented convolutions against the reference backend of kernels.inference in float64."""
+    x, weight, residual = (
+        random(6, 24, 5, 7, dtype=dtype),
+        random(40, 24, dtype=dtype),
+        random(6, 40, 5, 7, dtype=dtype),
+    )
+    scale, shift = random(max(segments, 1), 40), random(max(segments, 1), 40)
+    taps, scale_in, shift_in = (
+        random(24, 1, 5, 5, dtype=dtype),
+        random(max(segments, 1), 24),
+        random(max(segments, 1), 24),
+    )
+    found = []
+    for backend, kind in ((Reference, torch.float64), (Triton, dtype)):
+        wide = torch.float64 if kind == torch.float64 else torch.float32
+        for relu6, add in ((True, None), (False, residual.to(kind))):
+            vectors = (scale.to(wide), shift.to(wide)) if segments else (shift[0].to(kind),)
+            run = backend.segmented_pointwise if segments else backend.folded_pointwise
+            found.append(run(x.to(kind), weight.to(kind), *vectors, relu6=relu6, residual=add))
+        for stride in (1, 2):
+            vectors = (scale_in.to(wide), shift_in.to(wide)) if segments else (shift_in[0].to(kind),)
+            run = backend.segmented_depthwise if segments else backend.folded_depthwise
+            found.append(run(x.to(kind), taps.to(kind), *vectors, stride=stride, relu6=True))
+    for expected, out in zip(found[:4], found[4:], strict=True):
+        check(out, expected, dtype)
 
 
 # ---- the block and the tail
