@@ -1,7 +1,13 @@
-"""What every test gets: one thread for torch, and no GPU test where there is no GPU."""
+"""What every test gets: one thread for torch, no GPU test where there is no GPU, and a DeepSpeed process on request."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+
+from engine.distributed import Process, start_process
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -16,3 +22,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Process]:
+    """This process as the only one, joined through DeepSpeed, on the CPU; nothing of it is left for other modules."""
+    before = dict(os.environ)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        process = start_process()
+    import deepspeed.comm
+
+    yield replace(process, device=torch.device("cpu"))
+    deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    os.environ.clear()
+    os.environ.update(before)
