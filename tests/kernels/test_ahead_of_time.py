@@ -1,0 +1,126 @@
+"""Compile the kernels for GPUs that need not be here, and hold them to a checked-in budget (budgets.json).
+
+Budgets belong to a Triton version; under another one only what must hold everywhere is checked: no spills, no stack,
+tensor cores in the 16-bit matrix products, shared memory within the GPU's. After a deliberate change:
+
+    BSNAS_WRITE_BUDGETS=1 python -m pytest tests/kernels/test_ahead_of_time.py
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from kernels.ahead_of_time import Launch, Resources, block_launches, compile_launch, specialisation, tail_launches
+from kernels.block import BlockShape
+
+BUDGETS = Path(__file__).parent / "budgets.json"
+WRITE = os.environ.get("BSNAS_WRITE_BUDGETS") == "1"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+MATRIX = ("pointwise_forward", "project_backward", "expand_backward", "input_gradient", "weight_gradient")
+SLACK = 1.1
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES = [
+    # early, tall and skinny; depthwise k3, stride 2
+    (90, BlockShape(16, 96, 32, 3, 2), 112, BF16, ""),
+    # late, wide; its depthwise kernels are the first case's with other tiles, k3 stride 1
+    (90, BlockShape(192, 1152, 192, 3, 1), 7, BF16, ""),
+    # forward k5, k7 (their backward kernels take a minute to compile and run in the nightly set)
+    (90, BlockShape(48, 288, 48, 5, 1), 28, BF16, "depthwise_forward"),
+    (90, BlockShape(48, 144, 56, 7, 1), 28, BF16, "depthwise_forward"),
+    (90, BlockShape(16, 48, 24, 3, 2), 112, FP32, "pointwise_forward"),
+    (80, BlockShape(16, 96, 32, 3, 2), 112, BF16, "pointwise"),
+]
+SLOW = [
+    (90, BlockShape(48, 288, 48, 5, 1), 28, BF16, "depthwise_backward"),
+    (90, BlockShape(48, 144, 56, 7, 1), 28, BF16, "depthwise_backward"),
+    (90, BlockShape(56, 336, 72, 7, 2), 28, BF16, "depthwise_backward"),
+    (80, BlockShape(56, 336, 72, 7, 1), 28, BF16, ""),
+]
+
+
+def launches(shape: BlockShape, size: int, dtype: torch.dtype, only: str) -> list[Launch]:
+    unique = {
+        specialisation(launch): launch for launch in block_launches(shape, 256, size, dtype) if only in launch.name
+    }
+    return list(unique.values())
+
+
+def loop_instructions(sass: str) -> int:
+    """Instructions of the longest loop: what a depthwise kernel issues for a row of outputs a thread."""
+    longest = 0
+    for at, target in re.findall(r"/\*([0-9a-f]{4,})\*/[^;]*BRA[^;]*?(0x[0-9a-f]+)", sass):
+        if int(target, 16) < int(at, 16):
+            longest = max(longest, (int(at, 16) - int(target, 16)) // 16 + 1)
+    return longest
+
+
+def measure(launch: Launch, found: Resources) -> dict[str, float]:
+    values: dict[str, float] = {
+        "registers": found.registers,
+        "shared": found.shared,
+        "instructions": found.instructions,
+    }
+    if launch.name.startswith("depthwise_forward"):
+        per_thread = launch.arguments["BT"] * launch.arguments["BC"] // (32 * launch.options["num_warps"])
+        outputs = launch.arguments["TW"] * max(per_thread, 1)
+        values["instructions_per_output"] = round(loop_instructions(found.sass) / outputs, 1)
+    return values
+
+
+def check(capability: int, shape: BlockShape, size: int, dtype: torch.dtype, only: str) -> None:
+    table = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    budgets = table.setdefault(triton.__version__, {}) if WRITE else table.get(triton.__version__, {})
+    case = f"sm_{capability} {shape.in_channels}-{shape.hidden}-{shape.out_channels} k{shape.kernel} s{shape.stride}"
+    for launch in launches(shape, size, dtype, only):
+        found = compile_launch(launch, capability)
+        key = f"{case} {size} {str(dtype).removeprefix('torch.')} {launch.name} {launch.arguments.get('PROLOGUE', '')}".strip()
+        assert found.spills == 0, (key, found.spills)
+        assert found.stack == 0, (key, found.stack)
+        assert found.shared <= SHARED_LIMIT[capability], (key, found.shared)
+        if dtype != FP32 and launch.name.startswith(MATRIX):
+            assert found.opcodes["HGMMA" if capability == 90 else "HMMA"] > 0, key
+        values = measure(launch, found)
+        if WRITE:
+            budgets[key] = values
+        for name, value in budgets.get(key, {}).items():
+            assert values[name] <= SLACK * value, (key, name, values[name], value)
+        if not WRITE and budgets:
+            assert key in budgets, f"{key} has no budget; write one as the file's docstring says"
+    if WRITE:
+        BUDGETS.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("capability", "shape", "size", "dtype", "only"), CASES)
+def test_budget(capability: int, shape: BlockShape, size: int, dtype: torch.dtype, only: str) -> None:
+    check(capability, shape, size, dtype, only)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(os.environ.get("BSNAS_SLOW") != "1", reason="minutes of compiling; BSNAS_SLOW=1 runs it")
+@pytest.mark.parametrize(("capability", "shape", "size", "dtype", "only"), SLOW)
+def test_budget_of_slow_compiles(capability: int, shape: BlockShape, size: int, dtype: torch.dtype, only: str) -> None:
+    check(capability, shape, size, dtype, only)
+
+
+@pytest.mark.parametrize("shape", [BlockShape(16, 96, 32, 3, 2), BlockShape(56, 336, 56, 5, 1)])
+def test_bytes_moved_stay_near_the_floor(shape: BlockShape) -> None:
+    """Each kernel's arguments against what must reach memory if only raw convolution outputs do."""
+    from benchmarks.kernel_speed import bytes_moved
+
+    size = {16: 112, 56: 28}[shape.in_channels]
+    for launch in [*block_launches(shape, 256, size, BF16), *tail_launches(280, 1280, 256, 7, BF16)]:
+        moved, floor = bytes_moved(launch)
+        if floor and not launch.name.startswith(("reduce", "_reduce")):
+            print(f"{launch.name:28} {moved / 2**20:8.1f} MiB, {moved / floor:.3f} of the floor")
+            assert moved <= 1.1 * floor, (launch.name, moved, floor)
