@@ -92,7 +92,7 @@ class PathNetwork(nn.Module):
     def block(self, i: int, x: Tensor) -> Tensor:
         """Block i; 0 is the stem's separable convolution, which takes the stem's raw convolution output."""
         expand, depthwise, project = self.weights[3 * i : 3 * i + 3]
-        norms = tuple(self.norms[i])
+        norms: tuple[nn.Module, ...] = tuple(self.norms[i])  # type: ignore[arg-type]
         if i == 0:
             norms = (self.stem_bn, *norms[1:])
         weights = BlockWeights(None if i == 0 else expand, depthwise, project)

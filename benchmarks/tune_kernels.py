@@ -30,12 +30,16 @@ from triton.compiler import compile as triton_compile
 from benchmarks.mean_path import PlacedBlock, mean_path, table_shapes
 from benchmarks.timing import device_milliseconds
 from kernels import configs
+from kernels.ahead_of_time import recorded_launches, source, specialisation
 from kernels.configs import DepthwiseConfig, PointwiseConfig
 from kernels.triton_depthwise import depthwise_backward, depthwise_forward, output_size
 from kernels.triton_pointwise import (
-    expand_backward_fused, input_gradient, pointwise_forward, project_backward, weight_gradient,
+    expand_backward_fused,
+    input_gradient,
+    pointwise_forward,
+    project_backward,
+    weight_gradient,
 )  # fmt: skip
-from kernels.ahead_of_time import recorded_launches, source, specialisation
 
 
 class Case(NamedTuple):

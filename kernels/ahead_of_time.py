@@ -60,7 +60,7 @@ def recorded_launches(run: Callable[[], Any], *, execute: bool = False) -> list[
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         if execute:
             original(self, *args, grid=grid, warmup=warmup, **kwargs)
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options: dict[str, int] = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         launches.append(Launch(self, tuple(grid), arguments, options))
 

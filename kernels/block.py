@@ -1,4 +1,4 @@
-"""What every implementation of an inverted residual block is given: the slice it computes, and the weights it slices."""
+"""What every implementation of an inverted residual block is given: the slice it computes, and the weights."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,6 +1,7 @@
 """Tile sizes of the Triton kernels: a rule that fits any GPU, and a table of measured exceptions per GPU.
 
-`configs/<gpu>.json` maps an operation to {shape class: configuration}, null for an expansion's backward in two kernels, and is written by benchmarks/tune_kernels.py. An
+`configs/<gpu>.json` maps an operation to {shape class: configuration}, null for an expansion's backward in two kernels.
+It is written by benchmarks/tune_kernels.py. An
 unknown GPU, or a class that is not in its table, takes the rule: nothing is ever tuned while a user waits.
 """
 
@@ -162,12 +163,12 @@ def depthwise_backward_rule(kernel: int, stride: int, width: int) -> DepthwiseCo
 
 def depthwise_config(x: Tensor, kernel: int, stride: int, out_width: int) -> DepthwiseConfig:
     values = _table(x.device).get("depthwise_forward", {}).get(depthwise_class(x, kernel, stride))
-    return depthwise_rule(kernel, stride, out_width) if values is None else DepthwiseConfig(*values)
+    return depthwise_rule(kernel, stride, out_width) if values is None else DepthwiseConfig(*values)  # type: ignore[arg-type]
 
 
 def depthwise_backward_config(x: Tensor, kernel: int, stride: int) -> DepthwiseConfig:
     values = _table(x.device).get("depthwise_backward", {}).get(depthwise_class(x, kernel, stride))
-    return depthwise_backward_rule(kernel, stride, x.shape[2]) if values is None else DepthwiseConfig(*values)
+    return depthwise_backward_rule(kernel, stride, x.shape[2]) if values is None else DepthwiseConfig(*values)  # type: ignore[arg-type]
 
 
 def elementwise_config(channels: int) -> tuple[int, int, int]:

@@ -82,8 +82,8 @@ def inverted_residual(
     `training` each norm uses the batch's statistics and updates its running ones exactly as torch.nn.BatchNorm2d does,
     else it uses the running ones; `bn.training` is not looked at.
 
-    Without an expansion but with a first norm, x is a raw convolution output (the stem's): norm and ReLU6 come first, in
-    the depthwise convolution's own loads, and there is no shortcut.
+    Without an expansion but with a first norm, x is a raw convolution output (the stem's): norm and ReLU6 come first,
+    in the depthwise convolution's own loads, and there is no shortcut.
 
     Raises ValueError when the shape is no slice of the weights, RuntimeError when a forced backend cannot run.
     """

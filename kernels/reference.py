@@ -19,7 +19,7 @@ def batch_norm(x: Tensor, bn: nn.BatchNorm2d, training: bool) -> Tensor:
     """`bn(x)` with `bn.training` replaced by `training`: the same values and the same updates of running statistics."""
     momentum = bn.momentum
     if training and bn.track_running_stats:
-        bn.num_batches_tracked.add_(1)  # type: ignore[operator]
+        cast(Tensor, bn.num_batches_tracked).add_(1)
         if momentum is None:  # a cumulative average
             momentum = 1.0 / float(cast(Tensor, bn.num_batches_tracked))
     return F.batch_norm(

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from kernels.block import BlockShape, BlockWeights
 from kernels.reference import compute_dtype
 from kernels.triton_batch_norm import (
-    apply, apply_backward, finalize, finalize_backward, gradient_sums, statistics,
+    apply,
+    apply_backward,
+    finalize,
+    finalize_backward,
+    gradient_sums,
+    statistics,
 )  # fmt: skip
 from kernels.triton_depthwise import depthwise_backward, depthwise_forward, output_size
 from kernels.triton_pointwise import expand_backward, pointwise_forward, project_backward

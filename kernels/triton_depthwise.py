@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005, B007  (Triton grows tuples by +, and its unrolled loops need a counter)
 """Depthwise convolution, k 3, 5, 7, stride 1 and 2: bound by instruction issue unless every load is used many times.
 
 A thread owns a vertical strip, some columns of one image and one or two channels, and slides down it. One input row at
@@ -5,7 +6,9 @@ a time is loaded, normalised and added into the k (stride 1) output rows it touc
 topmost is then complete, is written, and the others move up. No pixel is loaded twice vertically, horizontally only the
 k - 1 columns between strips; strips of seven columns divide the maps of 224x224 images (112 ... 7) without a rest.
 
-SASS instructions per output, sm_90, bf16, forward: k3 31, k5 48, k7 79, where 4x4 output tiles took 42, 76, 125.
+SASS instructions per output, sm_90, bf16, forward: k3 34, k5 54, k7 95, where 4x4 output tiles took 42, 76, 125.
+On an H100 (256 images, 112x112, stride 2, 96 channels) the forward kernel takes 314 us for k3 and 320 for k5 where the
+bytes take 257; before rows were prefetched it took 362 and 497.
 """
 
 import torch
@@ -333,7 +336,7 @@ def depthwise_backward_kernel(
     if PREFETCH:  # as forward, the next rows are loaded before this one's arithmetic
         next_x = _load_rows(x_strip, AHEAD, alive, px0, H, W, C, STRIDE, TW, 0, TW - 1, EVEN)
         next_grads, next_ys = _gradient_columns(grad_strip, y_strip, 0, alive, qx0, HO, WO, C, COLUMNS)
-    for q in range(0, (H - 1 + PAD) // STRIDE + 1):  # past HO, only to let the waiting rows out
+    for q in range((H - 1 + PAD) // STRIDE + 1):  # past HO, only to let the waiting rows out
         if PREFETCH:
             grads = next_grads
             ys = next_ys

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005, B007  (Triton grows tuples by +, and its unrolled loops need a counter)
 """Pointwise (1x1) convolution: a tall and skinny matrix product, bound by the bytes of its widest operand.
 
 Every kernel reads each wide tensor once. A program keeps its slice of the weight and walks down the pixels, so partial
@@ -11,8 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import (
-    PointwiseConfig, expand_backward_config, input_gradient_config, multiprocessors, pointwise_config,
-    project_backward_config, weight_gradient_config,
+    PointwiseConfig,
+    expand_backward_config,
+    input_gradient_config,
+    multiprocessors,
+    pointwise_config,
+    project_backward_config,
+    weight_gradient_config,
 )  # fmt: skip
 from kernels.triton_batch_norm import apply_backward
 from kernels.triton_support import alignment, bn_backward, cdiv, dot, int64, merge_tile, relu6, round_to

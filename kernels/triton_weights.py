@@ -125,7 +125,7 @@ def reduce_gradients(
     expand_partial: Tensor | None, taps_partial: Tensor, project_partial: Tensor, weights: BlockWeights,
     shape: BlockShape,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """Partials [P, hidden, in], [P, k * k, hidden], [P, out, hidden] -> gradients of the weights, full size, float32."""
+    """Partials [P, hidden, in], [P, k * k, hidden], [P, out, hidden] -> the weights' gradients, full size, float32."""
     block_e = 128
     depthwise = torch.empty_like(weights.depthwise)
     project = torch.empty_like(weights.project)

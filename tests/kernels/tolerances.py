@@ -1,4 +1,4 @@
-"""How far a result may be from the float64 reference: ||out - reference|| / ||reference||, per dtype of the computation."""
+"""How far a result may be from the float64 reference, ||out - reference|| / ||reference||, per dtype."""
 
 import torch
 from torch import Tensor
