@@ -4,6 +4,7 @@ Files are written under another name and renamed, and read with `weights_only`, 
 """
 
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def write_state(file: Path, state: dict[str, Any]) -> None:
             os.fsync(handle.fileno())
         os.replace(temporary, file)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(
             f"checkpoint {file} cannot be written: {error}; free space and continue with --resume"
         ) from None
@@ -71,7 +73,7 @@ def read_state(file: Path) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"checkpoint {file} cannot be read: {reason}; remove it to continue from the one before"
         ) from None
@@ -89,14 +91,17 @@ def latest_checkpoint(directory: Path) -> Path | None:
 def load_checkpoint(file: Path, full_space: Space) -> tuple[Space, Progress, dict[str, Any]]:
     """(space at that time, progress, everything else). Raises `UserError` for a damaged file or another space's."""
     state = read_state(file)
-    space = Space.from_json(state.pop("space"))
+    try:
+        space, progress = Space.from_json(state.pop("space")), Progress(**state.pop("progress"))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is no checkpoint of a supernet: {error}; use the run's own files") from None
     if space.fingerprint != full_space.fingerprint:
         raise UserError(f"checkpoint {file} belongs to another search space than the run's; use the run's own files")
-    return space, Progress(**state.pop("progress")), state
+    return space, progress, state
 
 
 def _all(directory: Path) -> list[Path]:
-    return sorted(directory.glob("epoch-*.pt"), key=_epoch)
+    return sorted((file for file in directory.glob("epoch-*.pt") if file.stem[6:].isdecimal()), key=_epoch)
 
 
 def _epoch(file: Path) -> int:

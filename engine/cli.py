@@ -29,8 +29,11 @@ def parse(kind: type[Arguments], description: str | None, argv: Sequence[str], d
         with redirect_stderr(captured):
             return tyro.cli(kind, **options)
     except SystemExit as stop:
-        if isinstance(stop.__context__, UserError):  # raised by a field's check: one line instead of tyro's box
-            raise stop.__context__ from None
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__context__
+        if cause is not None:  # raised by a field's check: one line instead of tyro's box
+            raise cause from None
         print(captured.getvalue(), end="", file=sys.stderr)
         raise
 
