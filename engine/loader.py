@@ -68,7 +68,10 @@ class TrainLoader:
         return self._wait.seconds()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch from step `start` on. Raises UserError that names a file that cannot be decoded."""
+        """The batches of one epoch from step `start` on. Raises UserError that names a file that cannot be decoded.
+
+        On a GPU, a JPEG that breaks off amid its pixels counts as decodable: nvJPEG fills in the rest.
+        """
         for step in range(start, self.steps_per_epoch):
             yield self._receive(epoch * self.steps_per_epoch + step)
 
