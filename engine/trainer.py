@@ -105,13 +105,14 @@ class SupernetTrainer:
             self.log.close()
 
     def train_epoch(self) -> None:
-        """As many passes as an epoch has batches, rounded up to whole rounds; then a checkpoint."""
+        """Rounds until as many passes are made as the epochs so far have batches, at least one; then a checkpoint."""
         per_epoch = self.loader.steps_per_epoch
         end = (self.progress.epoch + 1) * per_epoch
         meter = Meter(self.process.device)
         batches = self._batches()
         self.supernet.train()
-        while self.progress.passes < end:
+        first = self.progress.rounds
+        while self.progress.passes < end or self.progress.rounds == first:
             self.train_round(batches, meter)
             if self.reporter.due() and self.process.world_size == 1:
                 epoch = min(self.progress.passes, end) / per_epoch
@@ -145,7 +146,8 @@ class SupernetTrainer:
         return list(dict.fromkeys(p for arch in paths for p in self.supernet.active_parameters(arch)))
 
     def _learning_rate(self) -> float:
-        epoch = self.progress.passes / self.loader.steps_per_epoch
+        done = self.progress.epoch  # a round may reach past the end of its epoch, far past it for tiny data sets
+        epoch = min(max(self.progress.passes / self.loader.steps_per_epoch, done), done + 1)
         config = self.config.optimizer
         return learning_rate(config, config.learning_rate, epoch, self.config.shrink.total_epochs)
 
