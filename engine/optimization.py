@@ -50,7 +50,8 @@ def deepspeed_config(
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
         config["torch_autocast"] = {"enabled": True, "dtype": dtype}
     config = _merged(config, overrides)
-    stage = config["zero_optimization"].get("stage", 0)
+    zero = config["zero_optimization"]
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else zero
     if stage != 0:
         raise UserError(
             f"ZeRO stage {stage} in the DeepSpeed configuration; allowed is 0, because higher stages move weights of "

@@ -18,7 +18,7 @@ from engine.checkpoint import (
 from engine.errors import UserError
 from engine.presets import digits_space
 from engine.supernet import Supernet
-from tests.engine.test_space import TINY
+from tests.engine.tiny import TINY
 
 PROGRESS = Progress(epoch=3, rounds=20, passes=160, batches=161, shrink_steps=1)
 

@@ -16,7 +16,7 @@ from engine.sampling import uniform_arch
 from engine.space import Arch, BlockOp, Space
 from engine.subnet import Subnet
 from tests.engine.space_strategies import any_spaces, shrunk_at_random
-from tests.engine.test_space import TINY
+from tests.engine.tiny import TINY
 
 
 def one_option(space: Space, channels: int, op: BlockOp) -> Arch:

@@ -17,8 +17,8 @@ from engine.sampling import fair_round
 from engine.space import Arch
 from engine.supernet import Supernet
 from tests.engine.evaluation_cases import trained_like_supernet
-from tests.engine.test_space import ARCH, TINY
-from tests.engine.test_supernet import SHARINGS, images
+from tests.engine.space_strategies import shrunk_at_random
+from tests.engine.tiny import ARCH, SHARINGS, TINY, images
 
 CONFIG = OptimizerConfig(batch_size=4, learning_rate=0.1, momentum=0.9, weight_decay=0.01)
 LABELS = torch.arange(4) % TINY.classes
@@ -95,8 +95,6 @@ def test_steps_are_those_of_plain_sgd(update, alone):
 
 
 def test_after_shrinking_the_dropped_weights_are_in_no_optimizer(alone):
-    from tests.engine.space_strategies import shrunk_at_random
-
     larger = trained_like_supernet(TINY, "channels").train()
     space = shrunk_at_random(TINY, random.Random(4))
     smaller = larger.shrunk(space)
@@ -142,6 +140,7 @@ def test_a_users_settings_merge_over_ours():
     ("overrides", "message"),
     [
         ({"zero_optimization": {"stage": 2}}, "ZeRO stage 2 in the DeepSpeed configuration; allowed is 0"),
+        ({"zero_optimization": 1}, "ZeRO stage 1 in the DeepSpeed configuration; allowed is 0"),
         ({"gradient_accumulation_steps": 4}, "gradient accumulation in the DeepSpeed configuration"),
         ({"managed_gradient_accumulation": True}, "gradient accumulation in the DeepSpeed configuration"),
     ],

@@ -11,29 +11,9 @@ from hypothesis import strategies as st
 from engine.errors import UserError
 from engine.presets import PRESETS, digits_space, imagenet_space, mobilenet_v2_space, preset
 from engine.sampling import fair_archs, uniform_round
-from engine.space import Arch, BlockDims, BlockOp, Cluster, Operation, Space
+from engine.space import Arch, BlockDims, BlockOp, Operation, Space
 from tests.engine.space_strategies import any_spaces
-
-
-def tiny_space(**changes) -> Space:
-    table = {
-        "clusters": (
-            Cluster(blocks=2, kernels=(3, 5), expansions=(2, 3), channels=(8, 12), stride=2),
-            Cluster(blocks=1, kernels=(3,), expansions=(2,), channels=(16, 24), stride=1),
-            Cluster(blocks=2, kernels=(5,), expansions=(3,), channels=(20, 32), stride=2),
-        ),
-        "resolution": 16,
-        "classes": 4,
-        "stem_channels": 6,
-        "separable_channels": 4,
-        "tail_channels": 40,
-    }
-    return Space(**{**table, **changes})
-
-
-TINY = tiny_space()
-ARCH = Arch((8, 16, 20), ((BlockOp(3, 2), BlockOp(5, 3)), (BlockOp(3, 2),), (BlockOp(5, 3), BlockOp(5, 3))))
-
+from tests.engine.tiny import ARCH, TINY, tiny_space
 
 # ---- sizes
 

@@ -15,8 +15,7 @@ from engine.space import Arch, Space
 from engine.subnet import Subnet, release
 from engine.supernet import Supernet
 from tests.engine.evaluation_cases import small_space, trained_like_supernet
-from tests.engine.test_space import TINY
-from tests.engine.test_supernet import SHARINGS, images, random_archs
+from tests.engine.tiny import SHARINGS, TINY, images, random_archs
 
 MOBILENET_V2 = Arch.parse(
     "c24:k3t6,k3t6_c32:k3t6,k3t6,k3t6_c64:k3t6,k3t6,k3t6,k3t6_c96:k3t6,k3t6,k3t6_c160:k3t6,k3t6,k3t6_c320:k3t6"

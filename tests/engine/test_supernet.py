@@ -11,25 +11,14 @@ from engine.errors import UserError
 from engine.presets import digits_space
 from engine.sampling import fair_round, uniform_arch
 from engine.shrink import importance, shrink
-from engine.space import Arch, Operation, Space
+from engine.space import Arch, Operation
 from engine.supernet import Supernet
 from tests.engine.evaluation_cases import trained_like_supernet
 from tests.engine.space_strategies import shrunk_at_random
-from tests.engine.test_space import ARCH, TINY
+from tests.engine.tiny import ARCH, SHARINGS, TINY, images, random_archs
 
-SHARINGS = ("nested", "channels", "independent")
 both_spaces = pytest.mark.parametrize("space", [TINY, shrunk_at_random(TINY, random.Random(2))], ids=["full", "shrunk"])
 all_sharings = pytest.mark.parametrize("sharing", SHARINGS)
-
-
-def images(space: Space, count: int = 4, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, space.input_channels, space.resolution, space.resolution, generator=generator)
-
-
-def random_archs(space: Space, count: int, seed: int = 0) -> list[Arch]:
-    rng = random.Random(seed)
-    return [uniform_arch(space, rng) for _ in range(count)]
 
 
 # ---- one path

@@ -23,7 +23,7 @@ from engine.optimization import Optimization
 from engine.sampling import fair_round
 from tests.engine.evaluation_cases import trained_like_supernet
 from tests.engine.space_strategies import shrunk_at_random
-from tests.engine.test_space import TINY
+from tests.engine.tiny import TINY
 
 PASSES = 20
 BATCH = 8
