@@ -71,7 +71,7 @@ def run_pipeline(arguments: DemoArguments) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name, command in steps.items():
         file = path / "figures" / f"{name}.json"
-        shown = [str(Path(part).name) if part == sys.executable else part for part in command]
+        shown = [Path(command[0]).name, *command[1:]]
         print(f"\n$ {' '.join(shown)} --run {arguments.run}", flush=True)
         began = time.perf_counter()
         done = subprocess.run([*command, "--run", str(path), "--json", str(file)], cwd=ROOT, env=_environment())
@@ -83,11 +83,11 @@ def run_pipeline(arguments: DemoArguments) -> dict[str, Any]:
 
 
 def _launcher(processes: int) -> list[str]:
-    return [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes)]
+    return [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_gpus", str(processes)]
 
 
 def _environment() -> dict[str, str]:
-    """The environment of the steps, with this interpreter's directory first so that its `deepspeed` is found."""
+    """The environment of the steps, with this interpreter's directory first: the launcher starts `python3`."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 

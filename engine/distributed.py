@@ -42,6 +42,8 @@ class Process:
 
 def start_process() -> Process:
     """Join the processes that the `deepspeed` launcher started; alone when there is no launcher."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no GPU
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from engine.config import OptimizerConfig, RetrainConfig, RunConfig, SamplingConfig, ShrinkConfig
+from engine.config import EvaluationConfig, OptimizerConfig, RetrainConfig, RunConfig, SamplingConfig, ShrinkConfig
 from engine.data import DataConfig
 from engine.errors import UserError
 from engine.space import Cluster, Space
@@ -102,9 +102,10 @@ def digits() -> RunConfig:
         sampling=SamplingConfig(update="path", batches="fresh"),
         optimizer=OptimizerConfig(batch_size=64, learning_rate=0.1, warmup_epochs=3),
         shrink=ShrinkConfig(
-            first_epochs=36, interval_epochs=16, keep=(9, 5, 3), models_per_operation=20, bn="recalibrate"
+            first_epochs=24, interval_epochs=10, keep=(9, 5, 3), models_per_operation=12, bn="recalibrate"
         ),
         retrain=RetrainConfig(epochs=60, learning_rate=0.1, batch_size=64),
+        evaluation=EvaluationConfig(recalibration_images=256),
     )
 
 
