@@ -12,7 +12,6 @@ from torch import nn
 
 from engine.errors import UserError
 
-
 Result = TypeVar("Result")
 
 
