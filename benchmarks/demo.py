@@ -126,7 +126,7 @@ def _parity(export: dict[str, Any]) -> str:
         return f"not checked: {export['not_checked']}"
     return (
         f"max error {export['max_abs_error']:.1e}, top-1 agreement {export['top1_agreement']:.1%} "
-        f"on {export['parity_images']} images"
+        f"on {export['images']} images"
     )
 
 
