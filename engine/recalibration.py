@@ -23,7 +23,7 @@ from kernels.inference import (
     folded_depthwise,
     folded_pointwise,
     scale_and_shift,
-    segment_affine,
+    segment_affine_,
     segment_statistics,
     segmented_depthwise,
     segmented_pointwise,
@@ -165,7 +165,7 @@ class StatisticsLayers:
         with self._adding:
             moments.mean.index_add_(0, rows, mean.double())
             moments.var.index_add_(0, rows, (var * (values / (values - 1))).double())
-        return segment_affine(y, *scale_and_shift(norm, mean, var), relu6=relu6, residual=residual)
+        return segment_affine_(y, *scale_and_shift(norm, mean, var), relu6=relu6, residual=residual)
 
 
 class RecalibratedLayers:

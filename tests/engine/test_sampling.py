@@ -24,7 +24,7 @@ def rounds_of(space: Space, seed: int, start: int = 0):
     return [fair_round(space, seed, start + r) for r in range(ROUNDS)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(space=full_spaces(), seed=SEEDS, index=st.integers(0, 10**9))
 def test_a_round_of_a_full_space_uses_every_operation_exactly_once(space, seed, index):
     paths = fair_round(space, seed, index)
@@ -46,7 +46,7 @@ def test_the_papers_space_has_18_paths_a_round_and_each_operation_once():
             assert set(Counter(path.channels[j] for path in paths).values()) == {6}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(space=any_spaces(), seed=SEEDS, start=st.integers(0, 1000))
 def test_channel_options_appear_within_one_of_each_other_in_a_round(space, seed, start):
     for paths in rounds_of(space, seed, start):
@@ -55,7 +55,7 @@ def test_channel_options_appear_within_one_of_each_other_in_a_round(space, seed,
             assert spread(Counter(path.channels[j] for path in paths), space.live_channels(j)) <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(space=any_spaces(), seed=SEEDS, start=st.integers(0, 1000))
 def test_uses_in_every_block_and_channel_stay_within_one_over_any_window_of_rounds(space, seed, start):
     rounds = rounds_of(space, seed, start)
@@ -68,7 +68,7 @@ def test_uses_in_every_block_and_channel_stay_within_one_over_any_window_of_roun
                     assert spread(counts, space.live_block_ops(i, channels)) <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(space=any_spaces(), seed=SEEDS)
 def test_all_paths_lie_in_the_space_and_every_live_operation_gets_its_turn(space, seed):
     # A channel number comes at least every len(options) rounds, and each of its operations once in its turn.
@@ -80,7 +80,7 @@ def test_all_paths_lie_in_the_space_and_every_live_operation_gets_its_turn(space
         assert {path.operations[i] for path in paths} == set(live)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(space=any_spaces(), seed=SEEDS, index=st.integers(0, 10**6))
 def test_seed_and_round_alone_decide_the_paths(space, seed, index):
     paths = fair_round(space, seed, index)

@@ -62,7 +62,7 @@ def test_an_operation_that_no_model_uses_has_no_importance():
     assert set(first.values()) == {0.0}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(space=any_spaces(), seed=st.integers(0, 1000), rounds=st.integers(1, 4))
 def test_importance_equals_its_definition(space, seed, rounds):
     rng = random.Random(seed)
@@ -124,7 +124,7 @@ def measured_spaces(draw) -> tuple[Space, Importance]:
     return space, tuple({op: rng.choice(values) for op in live} for live in space.live)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(measured=measured_spaces(), keep=st.integers(1, 12))
 def test_what_holds_for_every_shrunk_space(measured, keep):
     space, measured_ratios = measured
@@ -169,7 +169,7 @@ def test_every_surviving_operation_can_be_reached(measured, keep):
             smaller.check(Arch(tuple(picked.values()), tuple(blocks)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(measured=measured_spaces())
 def test_one_operation_per_block_leaves_one_network(measured):
     smaller = shrink(*measured, 1)

@@ -83,7 +83,7 @@ def test_both_widths_agree_when_all_channels_are_the_largest(space):
 # ---- architectures as text
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(space=any_spaces(), seed=st.integers(0, 1000))
 def test_architectures_survive_their_text(space, seed):
     for arch in fair_archs(space, seed, count=5):
@@ -222,7 +222,7 @@ def test_spaces_that_cannot_be(changes, message):
 # ---- files
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(space=any_spaces())
 def test_a_space_survives_json(space):
     again = Space.from_json(json.loads(json.dumps(space.to_json())))
@@ -241,7 +241,7 @@ JUNK = st.sampled_from(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(data=st.data())
 def test_a_mutated_file_is_refused_or_is_another_proper_space(data):
     """One value anywhere in the file is replaced or removed: a `UserError`, or a space of integers that works."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.config import SamplingConfig
+from engine.distributed import Process
 from engine.errors import UserError
 from engine.rundir import RunDir
 from engine.space import Space
@@ -19,11 +20,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole_run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, SupernetTrainer]:
+def whole_run(alone: Process, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, SupernetTrainer]:
     """A training from start to end."""
     config = tiny_config(cache)
     run = RunDir.create(tmp_path_factory.mktemp("runs") / "whole", config)
-    trainer = make_trainer(run, config)
+    trainer = make_trainer(run, config, alone)
     trainer.train()
     return run, trainer
 
@@ -39,11 +40,11 @@ def test_a_training_learns_and_shrinks(whole_run: tuple[RunDir, SupernetTrainer]
 
 
 def test_the_same_seed_gives_the_same_metrics(
-    whole_run: tuple[RunDir, SupernetTrainer], cache: Path, tmp_path: Path
+    whole_run: tuple[RunDir, SupernetTrainer], alone: Process, cache: Path, tmp_path: Path
 ) -> None:
     run, trainer = whole_run
     again = RunDir.create(tmp_path / "again", tiny_config(cache))
-    repeated = make_trainer(again, tiny_config(cache))
+    repeated = make_trainer(again, tiny_config(cache), alone)
     repeated.train()
     assert metrics(again) == metrics(run)
     for name, tensor in repeated.supernet.state_dict().items():
@@ -52,17 +53,17 @@ def test_the_same_seed_gives_the_same_metrics(
 
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(
-    whole_run: tuple[RunDir, SupernetTrainer], cache: Path, tmp_path: Path, stop_after: int
+    whole_run: tuple[RunDir, SupernetTrainer], alone: Process, cache: Path, tmp_path: Path, stop_after: int
 ) -> None:
     run, trainer = whole_run
     config = tiny_config(cache)
     stopped = RunDir.create(tmp_path / "stopped", config)
-    first = make_trainer(stopped, config)
+    first = make_trainer(stopped, config, alone)
     for _ in range(stop_after):
         first.train_epoch()
     if stop_after == 2:
         first.make_shrink_step()  # dies after the step and before the next checkpoint
-    second = make_trainer(stopped, config)
+    second = make_trainer(stopped, config, alone)
     assert second.progress.epoch == stop_after
     second.train()
     assert metrics(stopped) == metrics(run)
@@ -73,10 +74,12 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
 @pytest.mark.parametrize("batches", ["shared", "fresh"])
 @pytest.mark.parametrize("update", ["round", "path"])
 @pytest.mark.parametrize("sampler", ["fair", "uniform"])
-def test_every_sampling_mode_trains(cache: Path, tmp_path: Path, sampler: str, update: str, batches: str) -> None:
+def test_every_sampling_mode_trains(
+    alone: Process, cache: Path, tmp_path: Path, sampler: str, update: str, batches: str
+) -> None:
     sampling = SamplingConfig(sampler=sampler, update=update, batches=batches)  # type: ignore[arg-type]
     config = tiny_config(cache, sampling=sampling)
-    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config)
+    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
     before = {name: p.detach().clone() for name, p in trainer.supernet.named_parameters()}
     trainer.train_epoch()
     paths = trainer.progress.rounds * trainer.space.max_live
@@ -89,9 +92,9 @@ def test_every_sampling_mode_trains(cache: Path, tmp_path: Path, sampler: str, u
         assert "stem_conv.weight" in moved
 
 
-def test_dropped_operations_keep_their_weights(cache: Path, tmp_path: Path) -> None:
+def test_dropped_operations_keep_their_weights(alone: Process, cache: Path, tmp_path: Path) -> None:
     config = tiny_config(cache, sharing="channels")
-    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config)
+    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
     trainer.train_epoch()
     larger = trainer.supernet
     values = {name: tensor.clone() for name, tensor in larger.state_dict().items()}
@@ -108,10 +111,10 @@ def test_dropped_operations_keep_their_weights(cache: Path, tmp_path: Path) -> N
 
 
 def test_operations_never_sampled_keep_their_weights(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    alone: Process, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(cache, sharing="channels")
-    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config)
+    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
     fair = trainer.draw_round
 
     def only_kernel_3(space: Space, seed: int, round_index: int):  # type: ignore[no-untyped-def]
@@ -138,8 +141,8 @@ def test_operations_never_sampled_keep_their_weights(
     ],
 )
 def test_a_deepspeed_configuration_that_breaks_training_is_refused(
-    cache: Path, tmp_path: Path, overrides: dict[str, object], message: str
+    alone: Process, cache: Path, tmp_path: Path, overrides: dict[str, object], message: str
 ) -> None:
     config = tiny_config(cache)
     with pytest.raises(UserError, match=message):
-        make_trainer(RunDir.create(tmp_path / "run", config), config, overrides)
+        make_trainer(RunDir.create(tmp_path / "run", config), config, alone, overrides)

@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.config import OptimizerConfig, RetrainConfig, RunConfig, SamplingConfig, ShrinkConfig
 from engine.data import DataConfig, open_dataset
-from engine.distributed import start_process
+from engine.distributed import Process
 from engine.rundir import RunDir
 from engine.space import Cluster, Space
 from engine.trainer import SupernetTrainer
@@ -44,9 +44,11 @@ def tiny_config(cache: Path, **changes: Any) -> RunConfig:
     return RunConfig(**{**settings, **changes})
 
 
-def make_trainer(run: RunDir, config: RunConfig, overrides: dict[str, Any] | None = None) -> SupernetTrainer:
-    """A trainer on this process, from the start or from the run's newest checkpoint."""
-    return SupernetTrainer(config, run, start_process(), open_dataset(config.data, run.split_file), overrides or {})
+def make_trainer(
+    run: RunDir, config: RunConfig, process: Process, overrides: dict[str, Any] | None = None
+) -> SupernetTrainer:
+    """A trainer from the start or from the run's newest checkpoint."""
+    return SupernetTrainer(config, run, process, open_dataset(config.data, run.split_file), overrides or {})
 
 
 def metrics(run: RunDir) -> list[dict[str, Any]]:
