@@ -25,7 +25,7 @@ demo: env
 	$(BIN)/python benchmarks/demo.py --run $(RUN)
 
 test: env lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: env
 	$(BIN)/ruff check .

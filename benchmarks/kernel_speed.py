@@ -18,7 +18,7 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,8 @@ def time_kernels(blocks: list[PlacedBlock], batch: int, copy_gb_s: float) -> lis
             ms = device_milliseconds(lambda kernel=kernel, launch=launch: kernel(**launch.arguments, **launch.options))  # type: ignore[misc]
             moved, floor = bytes_moved(launch)
             rows.append({
-                "kind": "kernel", "name": launch.name.removesuffix("_kernel"), "shape": describe(shape, size, index + 1),
+                "kind": "kernel", "name": launch.name.removesuffix("_kernel"),
+                "shape": describe(shape, size, index + 1),
                 "contender": "triton", "us": 1000 * ms, "GB_s": moved / ms / 1e6,
                 "share_of_floor": floor / copy_gb_s / 1e6 / ms, "moved_over_floor": moved / floor if floor else None,
             })  # fmt: skip
@@ -114,7 +115,8 @@ def copy_bandwidth() -> float:
 
 def block_step(
     backend: str, shape: BlockShape, batch: int, size: int, dtype: torch.dtype, device: str,
-    memory_format: torch.memory_format = torch.channels_last, compiled: bool = False, keep: dict[str, Any] | None = None,
+    memory_format: torch.memory_format = torch.channels_last, compiled: bool = False,
+    keep: dict[str, Any] | None = None,
 ) -> Callable[[], Any]:  # fmt: skip
     """-> forward and backward of one block from the same random values for every contender."""
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +129,8 @@ def block_step(
         random(shape.hidden, 1, shape.kernel, shape.kernel, scale=1 / shape.kernel),
         random(shape.out_channels, shape.hidden, scale=shape.hidden**-0.5),
     )
-    for weight in weights:
+    convolutions = [weight for weight in weights if weight is not None]
+    for weight in convolutions:
         weight.requires_grad_()
     norms = tuple(nn.BatchNorm2d(c).to(device) for c in (shape.hidden, shape.hidden, shape.out_channels))
     x = random(batch, shape.in_channels, size, size).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
@@ -139,7 +142,7 @@ def block_step(
 
     if compiled:
         forward = torch.compile(forward, dynamic=False)
-    leaves = [x, *weights, *(p for norm in norms for p in norm.parameters())]
+    leaves = [x, *convolutions, *(p for norm in norms for p in norm.parameters())]
 
     def step() -> None:
         for leaf in leaves:
@@ -254,7 +257,7 @@ def images(batch: int, resolution: int, device: str) -> tuple[Tensor, Tensor]:
 
 def fresh_network(device: str, resolution: int, layout: torch.memory_format) -> PathNetwork:
     torch.manual_seed(0)
-    return PathNetwork(resolution).to(device=device, memory_format=layout)
+    return PathNetwork(resolution).to(device).to(memory_format=layout)  # type: ignore[call-overload]
 
 
 def check_network(resolution: int, device: str, contender: str, autocast: torch.dtype | None) -> dict[str, float]:
@@ -319,8 +322,11 @@ def time_network_cpu(batch: int, resolution: int, compiled: bool, rounds: int) -
     if compiled:
         net = fresh_network("cpu", resolution, torch.channels_last)
         step = network_step(
-            torch.compile(net, dynamic=False), x.contiguous(memory_format=torch.channels_last), labels, None
-        )  # type: ignore[arg-type]
+            cast(nn.Module, torch.compile(net, dynamic=False)),
+            x.contiguous(memory_format=torch.channels_last),
+            labels,
+            None,
+        )
         contenders["torch.compile fp32 channels_last"] = on_backend("reference", step)
     net = fresh_network("cpu", resolution, torch.channels_last)
     step = network_step(net, x.contiguous(memory_format=torch.channels_last), labels, None)

@@ -158,11 +158,11 @@ def prepare(case: Case, device: str) -> Callable[[Any], Any]:
         weight = random(case.outer, case.inner)
         prologue = vectors(4, case.inner) if case.operation.endswith("prologue") else None
         return lambda config: pointwise_forward(wide, weight, narrow, prologue, statistics=True, config=config)
-    grad, out = random(case.rows, case.inner), torch.empty_like(wide)
+    grad, dx_wide = random(case.rows, case.inner), torch.empty_like(wide)
     if case.operation == "project_backward":
         weight, y3 = random(case.outer, case.inner), random(case.rows, case.outer)
         coefficients, stats = vectors(3, case.outer), vectors(4, case.inner)
-        return lambda config: project_backward(narrow, y3, coefficients, weight, wide, stats, out, config)
+        return lambda config: project_backward(narrow, y3, coefficients, weight, wide, stats, dx_wide, config)
     weight, coefficients, dx = random(case.inner, case.outer), vectors(3, case.inner), torch.empty_like(narrow)
     stats = vectors(4, case.inner)
     if case.operation == "expand_backward":

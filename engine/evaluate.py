@@ -91,8 +91,9 @@ class Evaluator:
             ScoredImages(recalibration, self.device, 0) if bn == "recalibrate" and recalibration is not None else None
         )
         # Only rank 0 reads and writes the file; the others get what it knows.
-        opened = isinstance(store, EvaluationStore)
-        self.store = store if opened else EvaluationStore(store if self.ranks.rank == 0 else None)
+        if not isinstance(store, EvaluationStore):
+            store = EvaluationStore(store if self.ranks.rank == 0 else None)
+        self.store: EvaluationStore = store
         mode = f"{bn} {str(dtype).removeprefix('torch.')}"
         if self.recalibration is not None and recalibration is not None:
             mode += f" {recalibration.fingerprint} batch {recalibration_batch(len(self.recalibration))}"

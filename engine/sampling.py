@@ -7,9 +7,9 @@ consecutive rounds: the channel options of a cluster appear within one of each o
 choices of a block under one channel number.
 
 Both invariants force the *contents* of rounds to be cyclic: of n choices, n consecutive draws must be all different
-wherever the window starts. So each list of choices is kept in one random order, round r takes the next ones of it, and
-the freedom that is left, which path of the round gets which choice, is drawn anew in each round and block. What is drawn
-depends on (space, seed, round) alone: there is no state to save, and every rank draws the same without communication.
+wherever the window starts. So each list of choices is kept in one random order, round r takes the next ones of it,
+and the freedom that is left, which path of the round gets which choice, is drawn anew in each round and block. What is
+drawn depends on (space, seed, round) alone: there is no state to save, and every rank draws the same by itself.
 """
 
 import random

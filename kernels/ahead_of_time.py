@@ -176,5 +176,6 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     )
     return Resources(
         registers=int(found[1]), stack=int(found[2]), spills=opcodes["LDL"] + opcodes["STL"],
-        shared=compiled.metadata.shared, instructions=sum(opcodes.values()) - opcodes["NOP"], opcodes=opcodes, sass=sass,
+        shared=compiled.metadata.shared, instructions=sum(opcodes.values()) - opcodes["NOP"],
+        opcodes=opcodes, sass=sass,
     )  # fmt: skip

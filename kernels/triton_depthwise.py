@@ -407,7 +407,7 @@ def depthwise_backward(
     grad: Tensor, y: Tensor, coefficients: Tensor, x: Tensor, stats: Tensor | None, taps: Tensor, dx: Tensor,
     kernel: int, stride: int, config: DepthwiseConfig | None = None,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-    """grad, y [N, HO, WO, C], x, dx [N, H, W, C] -> partial sums [P, 2, C] of dx (with stats), taps' gradients [P, k * k, C].
+    """grad, y [N, HO, WO, C], x, dx [N, H, W, C] -> partial sums [P, 2, C] of dx, taps' gradients [P, k * k, C].
 
     dx is the gradient at the batch norm before the convolution, or at its plain input where stats is None.
     """

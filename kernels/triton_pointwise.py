@@ -94,7 +94,8 @@ def split_rows(rows: int, block_m: int, programs: int) -> tuple[int, int]:
 
 
 def pointwise_forward(
-    x: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None, *, statistics: bool, config: PointwiseConfig | None = None
+    x: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None, *, statistics: bool,
+    config: PointwiseConfig | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """x [M, K], weight [N.., K..] with unit column stride, y [M, N] -> partial statistics of y, if asked for."""
     rows, inner = x.shape
@@ -200,8 +201,8 @@ def project_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """grad, y3 [M, OUT], weight [OUT.., H..], y2, dz2 [M, H] -> partial sums [P, 2, H], weight gradients [P, OUT, H].
 
-    Every program of a row computes dy3 anew. Past four of them (BH of H each) it is written once instead, by a kernel of
-    its own: 2 x OUT more values to move a row, which stay in L2 on the small maps where this happens.
+    Every program of a row computes dy3 anew. Past four of them (BH of H each) it is written once instead, by a kernel
+    of its own: 2 x OUT more values to move a row, which stay in L2 on the small maps where this happens.
     """
     rows, hidden = y2.shape
     out = y3.shape[1]
@@ -339,7 +340,7 @@ def weight_gradient_kernel(
     ALIGN: tl.constexpr, RELU6: tl.constexpr, IN_TILES: tl.constexpr,
     BM: tl.constexpr, BH: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """w_partial[program] = dy^T @ x: the other half of `input_gradient_kernel`; a program holds BH of H and all of IN."""
+    """w_partial[program] = dy^T @ x: the other half of `input_gradient_kernel`; a program holds BH of H, all of IN."""
     H = H_units * ALIGN
     IN = IN_units * ALIGN
     tiles_h = tl.cdiv(H, BH)

@@ -1,8 +1,8 @@
 """What the Triton kernels share: rounding, ReLU6, the matrix product, and per-channel statistics of a tile.
 
 Activations are channels_last, seen as matrices [M, C] with M = N * H * W. A kernel gets channel counts in units of
-ALIGN channels: a count it multiplies by 8 itself is known to be divisible by 8, so masked rows still load 16 bytes at a time
-(Triton specialises integers on divisibility by 16 only, and widths of 24, 40, 56, 72 are common here).
+ALIGN channels: a count it multiplies by 8 itself is known to be divisible by 8, so masked rows still load 16 bytes at
+a time (Triton specialises integers on divisibility by 16 only, and widths of 24, 40, 56, 72 are common here).
 
 Per-channel buffers, float32:
   stats [4, C]       scale, shift, mean, rstd of a batch normalisation: bn(y) = scale * y + shift

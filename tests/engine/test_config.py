@@ -56,7 +56,7 @@ def test_a_configuration_survives_json(name):
         (("shrink", "keep"), [3, 5], "config.json: shrink: .*give falling numbers of at least 1"),
         (("space", "classes"), 0, "config.json: space: .*classes of a space is 0"),
         (("data", "resolution"), 32, "data resolution 32 and space resolution 16 differ; set both to the same"),
-        (("optimizer", "warmup_epochs"), 500, "warmup of 500.0 epochs in a training of 84"),
+        (("optimizer", "warmup_epochs"), 500, "warmup of 500.0 epochs in a training of 54"),
         (("precision",), "int8", "config.json: precision: "),
     ],
 )
@@ -118,9 +118,9 @@ def test_shrinking_that_cannot_be(changes, message):
 def test_a_run_must_fit_together():
     config = preset("digits")
     with pytest.raises(
-        UserError, match=r"warmup of 84 epochs in a training of 84; set --optimizer.warmup-epochs lower"
+        UserError, match=r"warmup of 54 epochs in a training of 54; set --optimizer.warmup-epochs lower"
     ):
-        replace(config, optimizer=replace(config.optimizer, warmup_epochs=84))
+        replace(config, optimizer=replace(config.optimizer, warmup_epochs=54))
     with pytest.raises(UserError, match="data resolution 32 and space resolution 16 differ"):
         replace(config, data=replace(config.data, resolution=32))
 

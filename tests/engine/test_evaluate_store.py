@@ -137,7 +137,11 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(tmp_path):
         path = tmp_path / f"{attempt}.sqlite"
         worker = context.Process(target=evaluate_slowly, args=(path,))
         worker.start()
-        worker.join(moments.uniform(0.1, 0.9) * duration)
+        if attempt % 2:  # in the middle of the work, however slow the process was to start
+            while worker.is_alive() and not (path.exists() and table(path)):
+                time.sleep(0.005)
+        else:  # anywhere, the time before the work included
+            worker.join(moments.uniform(0.1, 0.9) * duration)
         worker.kill()
         worker.join()
         partial += path.exists() and len(table(path)) > 0 and table(path) != expected

@@ -82,7 +82,8 @@ def check(capability: int, shape: BlockShape, size: int, dtype: torch.dtype, onl
     case = f"sm_{capability} {shape.in_channels}-{shape.hidden}-{shape.out_channels} k{shape.kernel} s{shape.stride}"
     for launch in launches(shape, size, dtype, only):
         found = compile_launch(launch, capability)
-        key = f"{case} {size} {str(dtype).removeprefix('torch.')} {launch.name} {launch.arguments.get('PROLOGUE', '')}".strip()
+        prologue = launch.arguments.get("PROLOGUE", "")
+        key = f"{case} {size} {str(dtype).removeprefix('torch.')} {launch.name} {prologue}".strip()
         assert found.spills == 0, (key, found.spills)
         assert found.stack == 0, (key, found.stack)
         assert found.shared <= SHARED_LIMIT[capability], (key, found.shared)
