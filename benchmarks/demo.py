@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from engine.cli import parse, write_figures
@@ -110,7 +111,7 @@ def show(run_dir: RunDir, figures: dict[str, Any]) -> None:
     )
     table.add_row("ONNX parity", _parity(export))
     for row in figures["latency"]["rows"]:
-        table.add_row(_latency_name(row), _latency_value(row))
+        table.add_row(_latency_name(row), escape(_latency_value(row)))
     table.add_row("time", ", ".join(f"{k[8:]} {duration(v)}" for k, v in figures.items() if k.startswith("seconds_")))
     table.add_row("everything is in", str(run_dir.path))
     Console(width=110).print(table)
