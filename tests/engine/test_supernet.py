@@ -168,6 +168,15 @@ def test_shrinking_keeps_the_outputs_of_survivors(sharing, seed):
         torch.testing.assert_close(smaller(images(TINY), arch), supernet(images(TINY), arch), rtol=1e-5, atol=1e-5)
 
 
+def test_the_centre_of_a_kernel_stays_when_the_largest_kernels_go():
+    supernet = trained_like_supernet(TINY, "nested")
+    space = TINY.with_live([[op for op in ops if op.kernel == 3] or ops for ops in TINY.live])
+    smaller = supernet.shrunk(space)
+    assert smaller.blocks[0].weights["all"].depthwise.shape == (12, 1, 3, 3)
+    for arch in random_archs(space, 5):
+        torch.testing.assert_close(smaller(images(TINY), arch), supernet(images(TINY), arch), rtol=1e-5, atol=1e-5)
+
+
 @all_sharings
 def test_dropped_operations_leave_the_supernet(sharing):
     supernet = trained_like_supernet(TINY, sharing)
