@@ -90,7 +90,7 @@ def test_steps_are_those_of_plain_sgd(update, alone):
                 sgd.zero_grad(set_to_none=True)
                 assert all(p.grad is None for p in supernet.parameters())
     for (name, a), b, first in zip(supernet.named_parameters(), plain.parameters(), start, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
         assert not torch.equal(a, first), name
 
 
