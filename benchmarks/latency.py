@@ -27,6 +27,7 @@ from benchmarks.provenance import provenance
 from engine.chosen_network import choose_network
 from engine.cli import parse, write_figures
 from engine.errors import UserError, run
+from engine.journal import recorded
 from engine.onnx_export import Precision, compare_logits, torch_logits
 from engine.rundir import RunDir, write_json
 from search.backends import BACKENDS, CannotRun, Model, session_logits
@@ -80,6 +81,12 @@ class LatencyArguments:
 def main() -> None:
     arguments = parse(LatencyArguments, __doc__, sys.argv[1:])
     run_dir = RunDir.open(arguments.run)
+    with recorded(run_dir, "latency"):
+        measure_run(run_dir, arguments)
+
+
+def measure_run(run_dir: RunDir, arguments: LatencyArguments) -> None:
+    """Measure, store and show."""
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     chosen = choose_network(run_dir, arguments.arch, arguments.images)
     images = chosen.images.normalised()

@@ -5,11 +5,13 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from engine.console import ConsoleOptions, use_options
 from engine.errors import UserError
 
 Arguments = TypeVar("Arguments")
@@ -18,16 +20,16 @@ Arguments = TypeVar("Arguments")
 def parse(kind: type[Arguments], description: str | None, argv: Sequence[str], default: Any = None) -> Arguments:
     """The dataclass filled from `argv`; fields not given come from `default`. Help and usage errors exit by themselves.
 
+    Every script also takes the options of `ConsoleOptions`, which are applied at once.
+
     DeepSpeed's launcher adds --local_rank=N to every script; the environment says the same, so it is dropped.
     """
     own = [argument for argument in argv if not argument.startswith("--local_rank")]
-    options: dict[str, Any] = {"args": own, "description": description}
-    if default is not None:
-        options["default"] = default
+    options: dict[str, Any] = {"args": own, "description": description, "config": (tyro.conf.FlagCreatePairsOff,)}
     captured = io.StringIO()
     try:
         with redirect_stderr(captured):
-            return tyro.cli(kind, **options)
+            parsed = tyro.cli(with_console_options(kind, default), **options)
     except SystemExit as stop:
         cause: BaseException | None = stop
         while cause is not None and not isinstance(cause, UserError):
@@ -36,6 +38,18 @@ def parse(kind: type[Arguments], description: str | None, argv: Sequence[str], d
             raise cause from None
         print(captured.getvalue(), end="", file=sys.stderr)
         raise
+    use_options(parsed.console)
+    return parsed.script
+
+
+def with_console_options(kind: type[Arguments], default: Arguments | None = None) -> Any:
+    """The dataclass of a script's whole command line: `script` (a `kind`) and `console`, without prefixes."""
+    unprefixed = tyro.conf.arg(name="")
+    script: Any = ("script", Annotated[kind, unprefixed])
+    if default is not None:
+        script = (*script, field(default=default))
+    console = ("console", Annotated[ConsoleOptions, unprefixed], field(default=ConsoleOptions()))
+    return make_dataclass(kind.__name__, [script, console], frozen=True, kw_only=True)
 
 
 def option(argv: Sequence[str], name: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from engine.console import adopt_loggers, hide_libraries
 from engine.errors import UserError
 
 Result = TypeVar("Result")
@@ -43,8 +44,10 @@ def start_process() -> Process:
     """Join the processes that the `deepspeed` launcher started; alone when there is no launcher."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no GPU
+    hide_libraries()
     import deepspeed
 
+    adopt_loggers()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Compiling this shared-memory operation takes 50 s, and only inference_all_reduce, never called here, uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -20,6 +20,7 @@ from engine.chosen_network import ChosenNetwork, choose_network
 from engine.cli import parse, write_figures
 from engine.cost import CostModel
 from engine.errors import UserError, run
+from engine.journal import recorded
 from engine.onnx_export import (
     Input,
     OnnxFormat,
@@ -58,7 +59,8 @@ class ExportArguments:
 
 def main() -> None:
     arguments = parse(ExportArguments, __doc__, sys.argv[1:])
-    figures = export(arguments)
+    with recorded(RunDir.open(arguments.run), "export"):
+        figures = export(arguments)
     write_figures(arguments.json, figures)
 
 

@@ -3,11 +3,17 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from engine.console import activity_due, note_activity, quiet
+
+CLOCK_VALUES = ("time", "seconds", "images_per_s", "data_wait_share")
+"""What depends on the clock in a line of metrics.jsonl; everything else is the same in an equal run."""
 
 
 class Meter:
@@ -30,18 +36,28 @@ class Meter:
         sums = self._sums.clone()
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
+        values = self._values(sums, wait_seconds)
+        self._sums.zero_()
+        self._started, self._waited = time.perf_counter(), wait_seconds
+        return values
+
+    def peek(self, wait_seconds: float) -> dict[str, float]:
+        """The same of this rank alone, and nothing is reset: for a live line. Images/s are scaled to all ranks."""
+        values = self._values(self._sums, wait_seconds)
+        if torch.distributed.is_initialized():
+            values["images_per_s"] *= torch.distributed.get_world_size()
+        return values
+
+    def _values(self, sums: Tensor, wait_seconds: float) -> dict[str, float]:
         loss, correct, images = sums.tolist()
-        now = time.perf_counter()
-        seconds = now - self._started
-        values = {
+        seconds = time.perf_counter() - self._started
+        return {
             "loss": loss / max(images, 1),
             "top1": correct / max(images, 1),
             "images_per_s": images / seconds,
             "data_wait_share": (wait_seconds - self._waited) / seconds,
+            "seconds": seconds,
         }
-        self._sums.zero_()
-        self._started, self._waited = now, wait_seconds
-        return values
 
 
 class MetricsLog:
@@ -59,12 +75,17 @@ class MetricsLog:
 
     def write(self, kind: str, epoch: int, values: dict[str, Any]) -> None:
         """One line; numbers also go to TensorBoard as `kind/name`, lists of numbers as histograms."""
-        self._file.write(json.dumps({"kind": kind, "epoch": epoch, **values}) + "\n")
+        self._file.write(json.dumps({"kind": kind, "epoch": epoch, **values, "time": round(time.time(), 2)}) + "\n")
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, epoch)
             elif isinstance(value, list) and value and isinstance(value[0], float):
-                self._tensorboard.add_histogram(f"{kind}/{name}", torch.tensor(value), epoch)
+                self.distribution(f"{kind}/{name}", value, epoch)
+
+    def distribution(self, tag: str, values: Sequence[float], epoch: int) -> None:
+        """A histogram for TensorBoard alone, of values that have a file of their own."""
+        if values:
+            self._tensorboard.add_histogram(tag, torch.tensor(values), epoch)
 
     def close(self) -> None:
         self._file.close()
@@ -90,34 +111,38 @@ def duration(seconds: float) -> str:
 class Reporter:
     """Progress of a training on the console of the main process: a line that renews itself, or one line per epoch."""
 
-    def __init__(self, total_epochs: int, *, enabled: bool) -> None:
+    def __init__(self, total_epochs: int, *, enabled: bool, doing: str = "training") -> None:
         self._total_epochs = total_epochs
+        self._doing = doing
         self._enabled = enabled
-        self._live = enabled and sys.stdout.isatty()
+        self._live = enabled and sys.stdout.isatty() and not quiet()
         self._started: tuple[float, float] | None = None
         self._shown = 0.0
 
     def due(self) -> bool:
-        """Whether a live line is due: at most every two seconds, since reading the meter synchronises."""
-        return self._live and time.perf_counter() - self._shown > 2
+        """Whether a line or a note is due: at most every two seconds, since reading the meter synchronises."""
+        return self._enabled and (self._live or activity_due()) and time.time() - self._shown > 2
 
     def show(self, epoch: float, values: dict[str, float], *, done: bool) -> None:
         """Epochs finished (a fraction inside an epoch) and the meter's values."""
-        now = time.perf_counter()
-        self._shown = now
+        if not self._enabled:
+            return
+        now = self._shown = time.time()
         if self._started is None:
             self._started = (now, epoch)
-        left = ""
-        if epoch > self._started[1]:
-            pace = (now - self._started[0]) / (epoch - self._started[1])
-            left = f"  left {duration(pace * (self._total_epochs - epoch))}"
+        started, first = self._started
+        pace = (now - started) / (epoch - first) if epoch > first else 0
+        note_activity(self._doing, epoch, self._total_epochs, unit="epochs", started=now - pace * epoch, **values)
+        left = f"  left {duration(pace * (self._total_epochs - epoch))}" if pace else ""
         line = (
             f"epoch {epoch:6.1f}/{self._total_epochs}  loss {values['loss']:.4f}  top-1 {values['top1']:.4f}  "
             f"{values['images_per_s']:.0f} images/s  waiting for data {values['data_wait_share']:.1%}{left}"
         )
         if self._live:
-            print(f"\r\x1b[K{line}", end="\n" if done else "", flush=True)
-        elif self._enabled and done:
+            full = round(20 * epoch / self._total_epochs)
+            bar = f"{'━' * full}{'╌' * (20 - full)} "
+            print(f"\r\x1b[K{bar}{line}", end="\n" if done else "", flush=True)
+        elif done:
             print(line, flush=True)
 
     def say(self, text: str) -> None:

@@ -24,6 +24,7 @@ from engine.cost import CostModel
 from engine.distributed import Process, on_main, start_process
 from engine.errors import UserError, run
 from engine.evaluation_set import evaluation_set
+from engine.journal import recorded
 from engine.network_file import load_network, save_network
 from engine.rundir import RunDir, read_json, write_json
 from engine.space import Arch
@@ -59,7 +60,7 @@ def main() -> None:
     overrides = load_deepspeed_overrides(arguments.deepspeed_config)
     process = start_process()
     run_dir = RunDir.open(arguments.run)
-    with run_dir.lock() if process.is_main else nullcontext():
+    with run_dir.lock() if process.is_main else nullcontext(), recorded(run_dir, "retrain", device=process.device):
         figures = retrain(run_dir, arguments, process, overrides)
         if process.is_main:
             write_figures(arguments.json, figures)

@@ -94,7 +94,7 @@ class StandaloneTrainer:
         self.optimization = Optimization(self.network, optimizer, process, precision, deepspeed_overrides)
         if self.epoch and state is not None:
             self.optimization.optimizer.load_state_dict(state["optimizer"])
-        self.reporter = Reporter(self.epochs, enabled=process.is_main)
+        self.reporter = Reporter(self.epochs, enabled=process.is_main, doing="retraining")
         self.log: MetricsLog | None = None
         if process.is_main:
             os.makedirs(directory, exist_ok=True)
@@ -118,12 +118,14 @@ class StandaloneTrainer:
             lr = learning_rate(self.optimizer_config, self.optimizer_config.learning_rate, epoch, self.epochs)
             self.optimization.step(self.network.parameters(), lr)
             meter.add(loss, logits, labels)
+            if self.reporter.due():
+                self.reporter.show(epoch, meter.peek(self.loader.wait_seconds), done=False)
         self.epoch += 1
         average_batchnorm(self.network)
         values = meter.read(self.loader.wait_seconds)
         self.reporter.show(self.epoch, values, done=True)
         if self.log is not None:
-            self.log.write("epoch", self.epoch, values)
+            self.log.write("epoch", self.epoch, {**values, "learning_rate": lr})
             state = {
                 "request": self.request,
                 "epoch": self.epoch,

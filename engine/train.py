@@ -21,6 +21,7 @@ from engine.config import RunConfig
 from engine.data import open_dataset
 from engine.distributed import Process, on_main, start_process
 from engine.errors import UserError, run
+from engine.journal import recorded
 from engine.presets import preset
 from engine.rundir import RunDir
 from engine.trainer import SupernetTrainer
@@ -51,7 +52,7 @@ def main() -> None:
     process = start_process()
     _force_kernels(arguments.kernels, process)
     run_dir, config = on_main(process, lambda: _open_run(path, arguments))
-    with run_dir.lock() if process.is_main else nullcontext():
+    with run_dir.lock() if process.is_main else nullcontext(), recorded(run_dir, "train", device=process.device):
         data = on_main(process, lambda: open_dataset(config.data, run_dir.split_file))
         trainer = SupernetTrainer(config, run_dir, process, data, overrides)
         trainer.train()

@@ -114,9 +114,9 @@ class SupernetTrainer:
         first = self.progress.rounds
         while self.progress.passes < end or self.progress.rounds == first:
             self.train_round(batches, meter)
-            if self.reporter.due() and self.process.world_size == 1:
+            if self.reporter.due():
                 epoch = min(self.progress.passes, end) / per_epoch
-                self.reporter.show(epoch, meter.read(self.loader.wait_seconds), done=False)
+                self.reporter.show(epoch, meter.peek(self.loader.wait_seconds), done=False)
         self.progress.epoch += 1
         average_batchnorm(self.supernet)
         values = self.last_values = meter.read(self.loader.wait_seconds)
@@ -179,6 +179,9 @@ class SupernetTrainer:
         top1 = [score.top1 for score in self.evaluator().evaluate(archs)]
         ratios = importance(before, archs, top1)
         after = shrink(before, ratios, keep)
+        if self.log is not None:
+            self.log.distribution("shrink/top1", top1, self.progress.epoch)
+            self.log.distribution("shrink/R", [r for block in ratios for r in block.values()], self.progress.epoch)
         if self.process.is_main:
             write_json(
                 self.run.shrink_file(step + 1),

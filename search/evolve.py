@@ -23,6 +23,7 @@ from engine.cost import CostModel
 from engine.distributed import on_main, start_process
 from engine.errors import run
 from engine.evaluate import BatchNormMode, weights_fingerprint
+from engine.journal import recorded
 from engine.space import Space
 from engine.trained_run import TrainedRun
 from search.constraints import Constraints, Limit, format_count, parse_count
@@ -69,7 +70,8 @@ def main() -> None:
     limits, config = arguments.limits(), arguments.evolution()
     process = start_process()
     trained = TrainedRun.open(arguments.run, process)
-    with trained.run.lock() if process.is_main else nullcontext():
+    locked = trained.run.lock() if process.is_main else nullcontext()
+    with locked, recorded(trained.run, "evolve", device=process.device):
         figures = search(trained, limits, config, arguments.bn)
         if process.is_main:
             write_figures(arguments.json, figures)

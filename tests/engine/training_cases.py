@@ -7,6 +7,7 @@ from typing import Any
 from engine.config import OptimizerConfig, RetrainConfig, RunConfig, SamplingConfig, ShrinkConfig
 from engine.data import DataConfig, open_dataset
 from engine.distributed import Process
+from engine.metrics import CLOCK_VALUES
 from engine.rundir import RunDir
 from engine.space import Cluster, Space
 from engine.trainer import SupernetTrainer
@@ -54,4 +55,4 @@ def make_trainer(
 def metrics(run: RunDir) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait_share")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCK_VALUES} for line in lines]
