@@ -12,6 +12,7 @@ from torch import nn
 
 from engine.console import adopt_loggers, hide_libraries
 from engine.errors import UserError
+from engine.memory import keep_freed_memory
 
 Result = TypeVar("Result")
 
@@ -57,6 +58,7 @@ def start_process() -> Process:
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu")
+    keep_freed_memory()
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

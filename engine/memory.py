@@ -1,5 +1,6 @@
 """How much memory an evaluation may use, and what running out of it looks like."""
 
+import ctypes
 from dataclasses import dataclass, replace
 
 import psutil
@@ -9,6 +10,7 @@ from engine.errors import UserError
 from engine.prefix_tree import PrefixTree
 
 MIB = 1 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # <malloc.h>
 
 CPU_WORKSPACE = 4 * MIB
 """Inputs and hidden activations of one kernel call on a CPU: what stays in cache."""
@@ -80,3 +82,15 @@ def _free_bytes(device: torch.device) -> int:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed, on a GPU or in torch's CPU allocator."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to return freed memory to the system; elsewhere nothing happens.
+
+    Otherwise every large activation is mapped, zeroed and unmapped again: 480 ms against 320 ms for a training step of
+    the Table-1 space on 64 images of 64x64 (2 cores of an EPYC, 2026-11-24).
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,13 +1,16 @@
-"""Released networks: the plain MobileNetV2-style network of an architecture, built of standard modules."""
+"""Released networks: the plain MobileNetV2-style network of an architecture, built of standard modules.
 
-from typing import Any
+In training its blocks run as the supernet's do, through kernels/; in evaluation, export included, module by module.
+"""
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from engine.space import Arch, BlockDims, Space
 from engine.supernet import Supernet
-from kernels import BlockWeights
+from kernels import BlockShape, BlockWeights, inverted_residual, pointwise_bn_relu6
 from kernels.dispatch import Norms
 
 
@@ -31,10 +34,22 @@ class InvertedResidual(nn.Module):
         )
         self.project = nn.Sequential(*_conv_bn(dims.hidden, dims.out_channels, 1))
         self.residual = dims.residual
+        self.shape = BlockShape(*dims)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            weights, norms = self._parts()
+            return inverted_residual(x, weights, norms, self.shape, training=True)
         y = self.project(self.depthwise(self.expand(x)))
         return x + y if self.residual else y
+
+    def _parts(self) -> tuple[BlockWeights, Norms]:
+        """Weights and norms for the fused block, which computes the same."""
+        expand, depthwise, project = cast(Any, (self.expand, self.depthwise, self.project))
+        has_expand = len(expand) > 0
+        matrix = expand[0].weight.flatten(1) if has_expand else None
+        weights = BlockWeights(matrix, depthwise[0].weight, project[0].weight.flatten(1))
+        return weights, (expand[1] if has_expand else None, depthwise[1], project[1])
 
 
 class Subnet(nn.Module):
@@ -65,7 +80,12 @@ class Subnet(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.tail(self.blocks(self.separable(self.stem(x))))
+        x = self.blocks(self.separable(self.stem(x)))
+        if self.training:
+            conv, norm, _ = cast(Any, self.tail)
+            x = pointwise_bn_relu6(x, conv.weight.flatten(1), norm, in_channels=x.shape[1], training=True)
+        else:
+            x = self.tail(x)
         return self.classifier(x.mean((2, 3)))
 
 

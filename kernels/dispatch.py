@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from kernels import reference
+from kernels import native, onednn_block, reference
 from kernels.block import BlockShape, BlockWeights, check_slice
 
 Backend = Literal["reference", "triton", "onednn"]
@@ -46,7 +46,9 @@ def why_not(name: str, x: Tensor) -> str | None:
     if name == "onednn":
         if kind != "cpu":
             return f"it runs on the CPU and the tensor is on {kind}"
-        return "it is not built yet"
+        if reference.compute_dtype(x) != x.dtype or x.dtype not in (torch.float32, torch.float64):
+            return f"it trains in float32 or float64, not in {reference.compute_dtype(x)}"
+        return native.why_not()
     return None
 
 
@@ -88,10 +90,13 @@ def inverted_residual(
     Raises ValueError when the shape is no slice of the weights, RuntimeError when a forced backend cannot run.
     """
     check_slice(weights, shape, x.shape[1])
-    if choose_backend(x, backend) == "triton":
+    chosen = choose_backend(x, backend)
+    if chosen == "triton":
         from kernels import triton_block
 
         return triton_block.inverted_residual(x, weights, norms, shape, training=training)
+    if chosen == "onednn":
+        return onednn_block.inverted_residual(x, weights, norms, shape, training=training)
     return reference.inverted_residual(x, weights, norms, shape, training=training)
 
 
@@ -113,8 +118,11 @@ def pointwise_bn_relu6(
             f"in_channels {in_channels} with x {tuple(x.shape)} and weight {tuple(weight.shape)}; x must have exactly "
             "that many channels and the weight at least that many inputs"
         )
-    if choose_backend(x, backend) == "triton":
+    chosen = choose_backend(x, backend)
+    if chosen == "triton":
         from kernels import triton_block
 
         return triton_block.pointwise_bn_relu6(x, weight, bn, training=training)
+    if chosen == "onednn":
+        return onednn_block.pointwise_bn_relu6(x, weight, bn, in_channels=in_channels, training=training)
     return reference.pointwise_bn_relu6(x, weight, bn, in_channels=in_channels, training=training)
