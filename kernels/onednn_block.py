@@ -94,13 +94,13 @@ def pointwise(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(_matrix(x), weight.t()).view(images, height, width, -1).permute(0, 3, 1, 2)
 
 
-def pointwise_backward(dy: Tensor, x: Tensor, weight: Tensor, *, need_dx: bool = True) -> tuple[Tensor | None, Tensor]:
+def pointwise_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """-> the gradients of x and of weight."""
     if not _product_is_faster(weight):
         dx, d_weight, _ = torch.ops.aten.convolution_backward(
-            dy, x, weight[:, :, None, None], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [need_dx, True, False]
+            dy, x, weight[:, :, None, None], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
         )
-        return dx if dx is None else _nhwc(dx), d_weight[:, :, 0, 0]
+        return _nhwc(dx), d_weight[:, :, 0, 0]
     images, channels, height, width = x.shape
     dx = torch.mm(_matrix(dy), weight).view(images, height, width, channels).permute(0, 3, 1, 2)
     return dx, torch.mm(_matrix(dy).t(), _matrix(x))
@@ -150,7 +150,7 @@ class InvertedResidual(torch.autograd.Function):
             dx = native.apply_backward(dx, y1, stats1, coefficients, relu6=False)
         d_expand = None
         if expand is not None:
-            dx, d_expand = pointwise_backward(dx, x, expand, need_dx=ctx.needs_input_grad[0])
+            dx, d_expand = pointwise_backward(dx, x, expand)
         if shortcut:
             dx = dx.add_(grad)
         return dx, d_expand, d_depthwise, d_project, None, None, None, *affine1, *affine2, *affine3
