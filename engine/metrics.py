@@ -1,6 +1,7 @@
 """What a training says about itself: sums over passes, the metrics file, TensorBoard, and the console."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -116,7 +117,8 @@ class Reporter:
         self._doing = doing
         self._enabled = enabled
         self._live = enabled and sys.stdout.isatty() and not quiet()
-        self._started: tuple[float, float] | None = None
+        self._began = time.time()
+        self._first: int | None = None
         self._shown = 0.0
 
     def due(self) -> bool:
@@ -128,10 +130,9 @@ class Reporter:
         if not self._enabled:
             return
         now = self._shown = time.time()
-        if self._started is None:
-            self._started = (now, epoch)
-        started, first = self._started
-        pace = (now - started) / (epoch - first) if epoch > first else 0
+        if self._first is None:
+            self._first = math.ceil(epoch) - 1
+        pace = (now - self._began) / (epoch - self._first) if epoch > self._first else 0
         note_activity(self._doing, epoch, self._total_epochs, unit="epochs", started=now - pace * epoch, **values)
         left = f"  left {duration(pace * (self._total_epochs - epoch))}" if pace else ""
         line = (
