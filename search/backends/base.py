@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.onnx_export import OnnxFormat, Precision, export_onnx
+from search.plain_onnx import write_plain_onnx
 
 
 class CannotRun(Exception):
@@ -27,11 +28,24 @@ class Model:
     """H and W in pixels."""
     directory: Path
     """Where its ONNX files are made."""
+    channels: int = 3
+    """Of the images."""
+    plain: bool = False
+    """Whether it has only the layers of released networks, so that its file can be written in milliseconds."""
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """C, H and W."""
+        return self.channels, self.resolution, self.resolution
 
     def onnx_file(self, precision: Precision) -> Path:
         """The network as ONNX with a dynamic batch; made when first asked for."""
         file = self.directory / f"{self.name}-{precision}.onnx"
-        if not file.is_file():
+        if file.is_file():
+            return file
+        if self.plain:
+            write_plain_onnx(self.network, file, input_shape=self.input_shape, precision=precision)
+        else:
             export_onnx(self.network, file, resolution=self.resolution, format=OnnxFormat(precision=precision))
         return file
 

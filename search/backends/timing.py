@@ -1,9 +1,12 @@
 """Timing a session: warmed-up repeats and their percentiles."""
 
+import random
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from search.backends.base import Session
 
@@ -42,3 +45,27 @@ def _times_ms(session: Session, repeats: int, max_seconds: float) -> list[float]
         if now - started > max_seconds and len(times_ms) >= 10:
             break
     return times_ms
+
+
+def interleaved_ms(
+    sessions: Sequence[Session], *, visits: int, calls: int, max_seconds: float, rng: random.Random
+) -> NDArray[np.float64]:
+    """Times of sessions with loaded batches, taken in turn so that a slow spell of the machine meets all of them.
+
+    Args:
+        sessions: what to time.
+        visits: rounds; in each, every session is visited once, in random order.
+        calls: timed calls of a visit after one that warms the caches; the visit's time is their median.
+        max_seconds: no round starts after this time once five are done.
+
+    Returns milliseconds [visits done, sessions].
+    """
+    started = time.perf_counter()
+    rows: list[list[float]] = []
+    while len(rows) < visits and (len(rows) < 5 or time.perf_counter() - started < max_seconds):
+        row = [0.0] * len(sessions)
+        for index in rng.sample(range(len(sessions)), len(sessions)):
+            sessions[index].run()
+            row[index] = float(np.median(_times_ms(sessions[index], calls, float("inf"))))
+        rows.append(row)
+    return np.array(rows)

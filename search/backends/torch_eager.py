@@ -28,7 +28,7 @@ class TorchBackend:
         network = network.to(memory_format=torch.channels_last)
         session = TorchSession(network, self.device, DTYPES[precision])
         try:
-            session.load(torch.zeros(batch, 3, model.resolution, model.resolution))
+            session.load(torch.zeros(batch, *model.input_shape))
             session.run()
         except RuntimeError as error:
             raise CannotRun(f"torch has no {precision} here: {first_line(error)}") from None
