@@ -3,13 +3,28 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from engine.errors import UserError
-from engine.space import Arch
+from engine.space import Arch, BlockOp
 
 Cost = Callable[[Arch], float]
 """What a released network costs, as MACs or parameters."""
+
+
+class Peak(Protocol):
+    """A cost that is the largest of its blocks' costs, and not their sum."""
+
+    @property
+    def stem(self) -> float:
+        """Of what every network begins with."""
+        ...
+
+    def block(self, index: int, before: int | None, channels: int, op: BlockOp) -> float: ...
+    def tail(self, channels: int) -> float: ...
+    def range(self) -> tuple[float, float]: ...
+
 
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -26,7 +41,7 @@ class Limit:
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high:
             raise UserError(
-                f"{self.cost} from {format_count(self.low)} to {format_count(self.high)} is empty; "
+                f"{self.cost} from {self._text(self.low)} to {self._text(self.high)} is empty; "
                 "the lower limit must not exceed the upper one"
             )
 
@@ -35,10 +50,13 @@ class Limit:
 
     def __str__(self) -> str:
         if self.low == 0:
-            return f"{self.cost} <= {format_count(self.high)}"
+            return f"{self.cost} <= {self._text(self.high)}"
         if self.high == math.inf:
-            return f"{self.cost} >= {format_count(self.low)}"
-        return f"{format_count(self.low)} <= {self.cost} <= {format_count(self.high)}"
+            return f"{self.cost} >= {self._text(self.low)}"
+        return f"{self._text(self.low)} <= {self.cost} <= {self._text(self.high)}"
+
+    def _text(self, value: float) -> str:
+        return format_cost(self.cost, value)
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,8 @@ class Constraints:
     limits: tuple[Limit, ...]
     costs: Mapping[str, Cost]
     """How each cost is told; at least those that are limited."""
+    peaks: Mapping[str, Peak] = field(default_factory=dict)
+    """Those of the costs that are peaks; all others are sums over blocks."""
 
     def allow(self, arch: Arch) -> bool:
         return all(limit.allows(self.costs[limit.cost](arch)) for limit in self.limits)
@@ -65,7 +85,7 @@ def infeasible(limits: Sequence[Limit], reachable: Mapping[str, tuple[float, flo
         where: what `reachable` holds under, as `in this space`.
     """
     ranges = ", ".join(
-        f"{cost} {format_count(low, math.ceil)} to {format_count(high, math.floor)}"
+        f"{cost} {format_cost(cost, low, math.ceil)} to {format_cost(cost, high, math.floor)}"
         for cost, (low, high) in reachable.items()
     )
     return UserError(
@@ -81,6 +101,14 @@ def parse_count(text: str) -> int:
     if value < 1:
         raise UserError(f"{text[:40]!r} is not a count; write a positive number as 465M, 0.4G, 4500K or 465000000")
     return value
+
+
+def format_cost(cost: str, value: float, rounding: Callable[[float], int] = round) -> str:
+    """A cost as its limit is written: milliseconds to four digits, everything else a count."""
+    if cost != "latency_ms" or not math.isfinite(value) or value <= 0:
+        return format_count(value, rounding)
+    unit = 10.0 ** (3 - math.floor(math.log10(value)))
+    return f"{rounding(value * unit) / unit:.10g}"
 
 
 def format_count(value: float, rounding: Callable[[float], int] = round) -> str:

@@ -17,7 +17,7 @@ from search.constraints import Constraints
 from search.sampler import Sampler
 from search.variation import crossover, mutate
 
-_PATIENCE = 300
+PATIENCE = 300
 """Proposals in a row that bring nothing new before a part of a generation is left short."""
 
 
@@ -124,19 +124,37 @@ def evolve(
             if not known:
                 raise sampler.nothing_found()
             return
-        scores = evaluate(archs)
-        generation = [
-            Candidate(
-                arch,
-                {name: cost(arch) for name, cost in constraints.costs.items()},
-                score.top1,
-                score.top5,
-                score.loss,
-            )
-            for arch, score in zip(archs, scores, strict=True)
-        ]
+        generation = score(archs, evaluate, constraints)
         generations.append(generation)
         yield generation
+
+
+def score(archs: list[Arch], evaluate: Evaluate, constraints: Constraints) -> Generation:
+    """Evaluate architectures; every cost of the constraints is recorded with them."""
+    return [
+        Candidate(
+            arch,
+            {name: cost(arch) for name, cost in constraints.costs.items()},
+            score.top1,
+            score.top5,
+            score.loss,
+        )
+        for arch, score in zip(archs, evaluate(archs), strict=True)
+    ]
+
+
+def first_generation(sampler: Sampler, count: int, rng: random.Random) -> list[Arch]:
+    """Different random architectures inside the limits; fewer where no more are found."""
+    found: dict[Arch, None] = {}
+    misses = 0
+    while len(found) < count and misses < PATIENCE:
+        arch = sampler.draw(rng)
+        if arch in found or not sampler.constraints.allow(arch):
+            misses += 1
+            continue
+        found[arch] = None
+        misses = 0
+    return list(found)
 
 
 def ranked(generations: Sequence[Generation]) -> list[Candidate]:
@@ -157,7 +175,7 @@ def breed(sampler: Sampler, known: Sequence[Candidate], config: EvolutionConfig,
 
     def add(count: int, propose: Callable[[], Arch]) -> None:
         misses = 0
-        while count > 0 and misses < _PATIENCE:
+        while count > 0 and misses < PATIENCE:
             arch = propose()
             if arch in seen or not sampler.constraints.allow(arch):
                 misses += 1

@@ -33,23 +33,32 @@ class History:
 
     directory: Path
     request: dict[str, Any]
-    """Limits and settings of the evolution, as JSON data."""
+    """Limits, settings of the evolution, and objectives and latency table where there are any, as JSON data."""
     scored_by: dict[str, str]
     """What the scores depend on: weights, images, space, batch normalisation."""
 
     @classmethod
     def of(
-        cls, directory: Path, space: Space, constraints: Constraints, config: EvolutionConfig, scored_by: dict[str, str]
+        cls,
+        directory: Path,
+        space: Space,
+        constraints: Constraints,
+        config: EvolutionConfig,
+        scored_by: dict[str, str],
+        more: dict[str, Any] | None = None,
     ) -> "History":
         live = hashlib.sha256(json.dumps(space.to_json(), sort_keys=True).encode()).hexdigest()
         limits = {limit.cost: str(limit) for limit in constraints.limits}
-        return cls(directory, {"limits": limits, "evolution": asdict(config)}, {**scored_by, "space": live})
+        request = {"limits": limits, "evolution": asdict(config), **(more or {})}
+        return cls(directory, request, {**scored_by, "space": live})
 
     @property
     def file(self) -> Path:
         digest = hashlib.sha256(json.dumps([self.request, self.scored_by], sort_keys=True).encode()).hexdigest()
         limits = re.findall(r"\w[\w.]*", " ".join(self.request["limits"].values()))
-        label = "-".join([*limits, f"seed{self.request['evolution']['seed']}", digest[:8]])
+        label = "-".join(
+            [*self.request.get("objectives", ()), *limits, f"seed{self.request['evolution']['seed']}", digest[:8]]
+        )
         return self.directory / f"{label}.json"
 
     def load(self) -> list[Generation]:

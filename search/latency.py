@@ -206,6 +206,7 @@ def fit_model(
         errors=asdict(errors_of(predicted.tolist(), measured.tolist())),
         about={
             "reference_ms": base,
+            "threads": torch.get_num_threads(),
             "fitted": len(fitted),
             "cross_validated_mape": validated,
             "kendall_tau_of_macs": kendall_tau(macs, measured.tolist()),

@@ -11,6 +11,7 @@ draw there. Terms are rounded to whole cells, so a draw may miss a limit by a fe
 """
 
 import random
+from collections.abc import Mapping
 from functools import reduce
 from itertools import accumulate
 
@@ -21,7 +22,7 @@ from engine.errors import UserError
 from engine.sampling import uniform_arch
 from engine.space import Arch, BlockOp, Space
 from search.chain import ChainCost, Link
-from search.constraints import Constraints, infeasible
+from search.constraints import Constraints, Limit, infeasible
 
 Cell = tuple[int, ...]
 Mass = NDArray[np.float64]
@@ -40,16 +41,19 @@ class Sampler:
     def __init__(self, space: Space, constraints: Constraints) -> None:
         self.space = space
         self.constraints = constraints
-        limits = constraints.limits
-        if not limits:
+        if not constraints.limits:
             return
-        chains = [ChainCost(space, constraints.costs[limit.cost]) for limit in limits]
-        self.ranges = {limit.cost: chain.range() for limit, chain in zip(limits, chains, strict=True)}
+        self._limits = tuple(limit for limit in constraints.limits if limit.cost not in constraints.peaks)
+        """Limits on sums, an axis of the grid each. Draws spread over the first, which is MACs if there is none."""
+        self._limits = self._limits or (Limit("macs"),)
+        chains = [ChainCost(space, constraints.costs[limit.cost]) for limit in self._limits]
+        self.ranges = {limit.cost: chain.range() for limit, chain in zip(self._limits, chains, strict=True)}
         """Smallest and largest value of every limited cost in the space."""
-        for limit in limits:
+        self.ranges |= {cost: constraints.peaks[cost].range() for cost, _ in self._peak_limits()}
+        for limit in constraints.limits:
             low, high = self.ranges[limit.cost]
             if limit.low > high or limit.high < low:
-                raise infeasible(limits, self.ranges, "in this space")
+                raise self._infeasible(self.ranges, "in this space")
         self._put_on_grid(chains)
         self._fill_masses()
         self._list_targets()
@@ -63,7 +67,25 @@ class Sampler:
 
     def nothing_found(self) -> UserError:
         """The error for limits inside the reachable range that no architecture happens to keep."""
-        return infeasible(self.constraints.limits, self.ranges, "in this space, with gaps between")
+        return self._infeasible(self.ranges, "in this space, with gaps between")
+
+    def _infeasible(self, reachable: Mapping[str, tuple[float, float]], where: str) -> UserError:
+        limited = {limit.cost for limit in self.constraints.limits}
+        return infeasible(self.constraints.limits, {c: r for c, r in reachable.items() if c in limited}, where)
+
+    def _peak_limits(self) -> list[tuple[str, float]]:
+        """The limited peaks and their upper limits."""
+        return [(limit.cost, limit.high) for limit in self.constraints.limits if limit.cost in self.constraints.peaks]
+
+    def _allowed(self, block: int, link: Link, op: BlockOp) -> bool:
+        """Whether an operation of a block, with what follows the last one, keeps every limit on a peak."""
+        for cost, high in self._peak_limits():
+            peak = self.constraints.peaks[cost]
+            if peak.block(block, *link, op) > high or (
+                block == self.space.num_blocks - 1 and peak.tail(link[1]) > high
+            ):
+                return False
+        return True
 
     def _put_on_grid(self, chains: list[ChainCost]) -> None:
         """Every term in whole cells, counted from the smallest term of its block."""
@@ -72,7 +94,7 @@ class Sampler:
         axis_cells = min(_MAX_AXIS_CELLS, int(_GRID_CELLS ** (1 / len(chains))))
         self._cell_sizes = [
             max((high - origin) / axis_cells, 1e-9)
-            for (_, high), origin in zip(self.ranges.values(), self._origin, strict=True)
+            for (_, high), origin in zip((self.ranges[limit.cost] for limit in self._limits), self._origin, strict=True)
         ]
         self._slack = self.space.num_blocks // 2 + 1
         """Cells by which a sum can be off: every block rounds by at most half a cell."""
@@ -85,6 +107,7 @@ class Sampler:
                         for chain, low, size in zip(chains, lows, self._cell_sizes, strict=True)
                     )
                     for op in ops
+                    if self._allowed(i, link, op)
                 }
                 for link, ops in chains[0].terms[i].items()
             }
@@ -102,6 +125,8 @@ class Sampler:
             masses: dict[int | None, Mass] = {}
             links_from: dict[int | None, int] = {}
             for (before, channels), choices in steps.items():
+                if not choices or channels not in after:
+                    continue
                 mass = masses.setdefault(before, np.zeros(self._shape))
                 links_from[before] = links_from.get(before, 0) + 1
                 for step in choices.values():
@@ -112,6 +137,8 @@ class Sampler:
 
     def _list_targets(self) -> None:
         """The cells that the limits leave, in rows of equal first cost, with their cumulated masses."""
+        if None not in self._masses[0]:
+            raise self._infeasible(self.ranges, "in this space, each alone")
         mass = self._masses[0][None]
         kept = [self._axis_inside(axis) for axis in range(mass.ndim)]
         wanted = np.where(reduce(np.multiply.outer, kept), mass, 0)
@@ -128,15 +155,15 @@ class Sampler:
 
     def _axis_inside(self, axis: int) -> NDArray[np.bool_]:
         """Which cells of an axis can hold a cost inside its limit."""
-        limit, values = self.constraints.limits[axis], self._axis_values(axis)
+        limit, values = self._limits[axis], self._axis_values(axis)
         slack = self._slack * self._cell_sizes[axis]
         return (values >= limit.low - slack) & (values <= limit.high + slack)
 
     def _none_inside(self, kept: list[NDArray[np.bool_]]) -> UserError:
         """The error for limits that can each be kept but not together, with what the other limits leave of each."""
-        limits, mass = self.constraints.limits, self._masses[0][None]
+        mass = self._masses[0][None]
         reachable = {}
-        for axis, limit in enumerate(limits):
+        for axis, limit in enumerate(self._limits):
             others = [np.ones_like(k) if a == axis else k for a, k in enumerate(kept)]
             there = np.where(reduce(np.multiply.outer, others), mass, 0)
             cells = np.flatnonzero(np.moveaxis(there, axis, 0).reshape(len(kept[axis]), -1).any(axis=1))
@@ -145,8 +172,9 @@ class Sampler:
                 values = np.clip(self._axis_values(axis)[cells], low, high)
                 reachable[limit.cost] = (float(values[0]), float(values[-1]))
         if not reachable:
-            return infeasible(limits, self.ranges, "in this space, each alone")
-        return infeasible(limits, reachable, "while the other limits are kept")
+            return self._infeasible(self.ranges, "in this space, each alone")
+        peaks = {cost: self.ranges[cost] for cost, _ in self._peak_limits()}
+        return self._infeasible({**reachable, **peaks}, "while the other limits are kept")
 
     def _walk(self, target: Cell, rng: random.Random) -> Arch:
         """An architecture whose steps add up to the target cell, each choice drawn by the mass behind it."""
@@ -158,7 +186,7 @@ class Sampler:
             options = [
                 (link[1], op, tuple(r - s for r, s in zip(rest, step, strict=True)), len(choices))
                 for link, choices in steps.items()
-                if link[0] == before
+                if link[0] == before and link[1] in self._masses[i + 1]
                 for op, step in choices.items()
             ]
             masses = self._masses[i + 1]

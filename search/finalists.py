@@ -1,0 +1,76 @@
+"""The true latency of a search's last few: timed on this machine, beside what the table predicted."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.errors import UserError
+from engine.onnx_export import Precision
+from engine.space import Arch, Space
+from search.backends import BACKENDS, CannotRun
+from search.evolution import Candidate
+from search.latency_bench import LatencyBench, base_ms
+from search.latency_model import LatencyModel, LatencyPredictor, refuse_other_device
+
+NOISE = 0.03
+"""A network whose measured latency exceeds the limit by no more than this share counts as inside it."""
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """A latency table that a search uses, and whether networks can be timed here to check it."""
+
+    file: Path
+    model: LatencyModel
+    predict: LatencyPredictor
+    local: bool
+    """Whether it was measured on this machine."""
+
+    @classmethod
+    def of(cls, file: Path, model: LatencyModel, space: Space, *, foreign: bool) -> "LatencyTable":
+        """Raises `UserError` when the table is of another device (unless `foreign`) or lacks parts of the space."""
+        predict = model.predictor(space)
+        if not foreign:
+            with _threads(model):
+                refuse_other_device(model, _hardware(model), file)
+        return cls(file, model, predict, local=not foreign)
+
+
+def measured_ms(table: LatencyTable, space: Space, archs: Sequence[Arch]) -> list[float]:
+    """Median latency of released networks, timed in turn, in the table's context."""
+    context = table.model.context
+    precision: Precision = context.precision  # type: ignore[assignment]
+    with _threads(table.model):
+        bench = LatencyBench(space, BACKENDS[context.backend], batch=context.batch, precision=precision)
+        timings = list(bench.networks(archs).values())
+    base = base_ms(timings)
+    return [timing.ratio * base for timing in timings]
+
+
+def fastest_inside(candidates: Sequence[Candidate], measured: Sequence[float], limit: float) -> int | None:
+    """Index of the best-ranked candidate whose measured latency keeps the limit, or None."""
+    return next((k for k in range(len(candidates)) if measured[k] <= limit * (1 + NOISE)), None)
+
+
+def _hardware(model: LatencyModel) -> str:
+    name = model.context.backend
+    if name not in BACKENDS:
+        raise UserError(f"the latency table is of unknown backend {name!r}; allowed are {', '.join(BACKENDS)}")
+    try:
+        return BACKENDS[name].describe()
+    except CannotRun as reason:
+        return f"a machine without it ({reason})"
+
+
+@contextmanager
+def _threads(model: LatencyModel) -> Iterator[None]:
+    """As many CPU threads as the table was measured with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(model.about.get("threads", before)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
