@@ -11,36 +11,26 @@ limits every evaluation that the run directory knows is taken from there, and wh
 limits counts too. Latencies come from a table of search/latency.py; the last few networks are timed beside it.
 """
 
-import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from engine.cli import parse, write_figures
-from engine.distributed import on_main, start_process
 from engine.errors import UserError, run
-from engine.evaluate import BatchNormMode, weights_fingerprint
-from engine.journal import recorded
-from engine.rundir import RunDir
 from engine.space import Space
-from engine.trained_run import TrainedRun
-from search.constraints import Constraints, Limit, format_count, parse_count
-from search.costs import OBJECTIVES, constraints_for, cost_names, cost_ranges
-from search.evolution import Candidate, Evaluate, EvolutionConfig, Generation, evolve, ranked
-from search.finalists import LatencyTable, fastest_inside, measured_ms
-from search.history import History, accuracy_front
-from search.latency_bench import LatencyBench
-from search.latency_model import find_model
-from search.nsga2 import evolve_front, hypervolume, pareto_front
-from search.reporter import Reporter, print_finalists, print_result
+from search.constraints import Limit, format_count, parse_count
+from search.costs import OBJECTIVES, constraints_for
+from search.evolution import EvolutionConfig
+from search.latency_model import LatencyModel, find_model
 from search.sampler import Sampler
+
+MOST_FINALISTS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +69,7 @@ class EvolveArguments:
     """Generations after the first, random one."""
     seed: int = 0
     """Seed of everything random in the search."""
-    bn: BatchNormMode | None = None
+    bn: Literal["running", "recalibrate"] | None = None
     """Statistics of scored subnets; by default as in the run's shrink steps."""
     json: Path | None = None
     """File for the figures of this search."""
@@ -92,8 +82,8 @@ class EvolveArguments:
             raise UserError("--budgets sets the limit on MACs of single-objective searches; leave out the other option")
         if self.max_latency_ms is not None and not self.max_latency_ms > 0:
             raise UserError(f"latency limit {self.max_latency_ms} ms; it must be above 0")
-        if not 0 <= self.finalists <= LatencyBench.group:
-            raise UserError(f"finalists {self.finalists}; allowed are 0 to {LatencyBench.group}")
+        if not 0 <= self.finalists <= MOST_FINALISTS:
+            raise UserError(f"finalists {self.finalists}; allowed are 0 to {MOST_FINALISTS}")
 
     @property
     def goals(self) -> tuple[str, ...]:
@@ -123,7 +113,7 @@ class EvolveArguments:
     def evolution(self) -> EvolutionConfig:
         return EvolutionConfig.scaled(population=self.population, iterations=self.iterations, seed=self.seed)
 
-    def table(self, run_dir: RunDir, space: Space) -> LatencyTable | None:
+    def find_table(self) -> tuple[Path, LatencyModel] | None:
         """The latency table, if one is needed. Raises `UserError` when there is none or it is of something else."""
         wanted = {
             "backend": self.latency_backend,
@@ -133,17 +123,27 @@ class EvolveArguments:
         asked = self.latency_table is not None or any(value is not None for value in wanted.values())
         if self.max_latency_ms is None and "latency" not in self.goals and not asked:
             return None
-        file, model = find_model(run_dir.latency, self.latency_table, wanted)
-        return LatencyTable.of(file, model, space, foreign=self.foreign_table)
+        return find_model(self.run / "latency", self.latency_table, wanted)
 
 
 def main() -> None:
     arguments = parse(EvolveArguments, __doc__, sys.argv[1:])
     requested = [arguments.limits(budget) for budget in arguments.all_budgets or (None,)]
     config = arguments.evolution()
+    found = arguments.find_table()
+    refuse_unreachable(arguments.run, requested, found[1] if found else None)
+
+    # Torch and DeepSpeed take seconds to load: only for what can be searched.
+    from engine.distributed import start_process
+    from engine.journal import recorded
+    from engine.trained_run import TrainedRun
+    from search.finalists import LatencyTable
+    from search.searching import search
+
     process = start_process()
     trained = TrainedRun.open(arguments.run, process)
-    table = arguments.table(trained.run, trained.supernet.space)
+    space = trained.supernet.space
+    table = LatencyTable.of(*found, space, foreign=arguments.foreign_table) if found else None
     locked = trained.run.lock() if process.is_main else nullcontext()
     with locked, recorded(trained.run, "evolve", device=process.device):
         results = [
@@ -158,130 +158,28 @@ def main() -> None:
             )
             for limits in requested
         ]
-        if process.is_main:
-            figures = results[-1]
-            if arguments.all_budgets:
-                figures = {**figures, "budgets": results}
-                print_budgets(arguments.all_budgets, results)
-            write_figures(arguments.json, figures)
-
-
-def search(
-    trained: TrainedRun,
-    limits: tuple[Limit, ...],
-    config: EvolutionConfig,
-    bn: BatchNormMode | None,
-    *,
-    objectives: tuple[str, ...] = ("top1",),
-    table: LatencyTable | None = None,
-    finalists: int = 5,
-) -> dict[str, Any]:
-    """Run or continue one search; the main process stores and shows it. Returns the figures of --json."""
-    process, space = trained.process, trained.supernet.space
-    constraints = constraints_for(space, limits, table.predict if table else None)
-    # The sampler comes before the evaluator reads images: limits that nothing keeps end at once.
-    Sampler(space, constraints)
-    evaluator = trained.evaluator(bn)
-    scored_by = {
-        "weights": weights_fingerprint(trained.supernet),
-        "images": trained.search_val.fingerprint,
-        "bn": evaluator.bn,
-    }
-    costs = cost_names(objectives)
-    history = History.of(trained.run.search, space, constraints, config, scored_by, _more(objectives, table))
-    generations = on_main(process, history.load)
-    others = [_told_by(constraints, candidate) for candidate in on_main(process, history.comparable)]
-    known = {candidate.arch for generation in (*generations, others) for candidate in generation}
-    front_of = partial(pareto_front, costs=costs) if costs else accuracy_front
-    reporter = Reporter(config.iterations, front_of, enabled=process.is_main)
-    for generation in _generations(space, constraints, evaluator.evaluate, config, costs, generations):
-        generations.append(generation)
-        on_main(process, lambda: history.save(generations))
-        reporter.show(generations)
-    found = [candidate for generation in generations for candidate in generation]
-    inside = ranked([found, [candidate for candidate in others if constraints.allow(candidate.arch)]])
-    front = front_of(inside if costs else [*found, *others])
-    figures: dict[str, Any] = {
-        "evaluations": len(found),
-        "reused": sum(candidate.arch in known for candidate in found),
-        "limits": history.request["limits"],
-        "objectives": list(objectives),
-        "pareto": len(front),
-        "file": str(history.file),
-    }
-    if costs:
-        figures["hypervolume"] = hypervolume(front, costs, cost_ranges(space, constraints, costs))
     if process.is_main:
-        print_result(inside[0], front, history.file)
-    best = inside[0]
-    if table is not None and table.local and finalists:
-        chosen = _spread(front, finalists) if costs else inside[:finalists]
-        best, measured = on_main(process, lambda: _measure(table, space, chosen, limits, best))
-        figures["finalists"] = measured
-    on_main(process, lambda: history.publish(best, front))
-    return {"best": {"arch": str(best.arch), **best.costs, "top1": best.top1}, **figures}
+        figures = results[-1]
+        if arguments.all_budgets:
+            figures = {**figures, "budgets": results}
+            print_budgets(arguments.all_budgets, results)
+        write_figures(arguments.json, figures)
 
 
-def _more(objectives: tuple[str, ...], table: LatencyTable | None) -> dict[str, Any]:
-    """What a request says beside limits and evolution; nothing for the paper's search."""
-    more: dict[str, Any] = {}
-    if len(objectives) > 1:
-        more["objectives"] = list(objectives)
-    if table is not None:
-        costs = {name: part.ms for name, part in table.model.parts.items()}
-        content = json.dumps([asdict(table.model.context), table.model.offset_ms, costs], sort_keys=True)
-        more["latency"] = {
-            "backend": table.model.context.backend,
-            "batch": table.model.context.batch,
-            "precision": table.model.context.precision,
-            "table": hashlib.sha256(content.encode()).hexdigest()[:16],
-        }
-    return more
+def refuse_unreachable(run_dir: Path, requested: Sequence[tuple[Limit, ...]], model: LatencyModel | None) -> None:
+    """Raise `UserError` for limits that no architecture keeps, before anything slow begins.
 
-
-def _told_by(constraints: Constraints, candidate: Candidate) -> Candidate:
-    """A candidate of another search with the costs that this search tells."""
-    return replace(candidate, costs={name: cost(candidate.arch) for name, cost in constraints.costs.items()})
-
-
-def _generations(
-    space: Space,
-    constraints: Constraints,
-    evaluate: Evaluate,
-    config: EvolutionConfig,
-    costs: Sequence[str],
-    done: Sequence[Generation],
-) -> Iterator[Generation]:
-    if costs:
-        return evolve_front(space, constraints, evaluate, config, costs, done)
-    return evolve(space, constraints, evaluate, config, done)
-
-
-def _spread(front: Sequence[Candidate], count: int) -> list[Candidate]:
-    """Evenly spaced members of a Pareto set, its ends among them."""
-    steps = range(min(count, len(front)))
-    return [front[round(k * (len(front) - 1) / max(1, len(steps) - 1))] for k in steps]
-
-
-def _measure(
-    table: LatencyTable, space: Space, finalists: Sequence[Candidate], limits: Sequence[Limit], best: Candidate
-) -> tuple[Candidate, list[dict[str, Any]]]:
-    """Time the finalists and show them. The best whose measured latency keeps the limit takes the place of `best`."""
-    measured = measured_ms(table, space, [candidate.arch for candidate in finalists])
-    limit = next((limit.high for limit in limits if limit.cost == "latency_ms"), None)
-    print_finalists(finalists, measured, limit)
-    rows = [
-        {"arch": str(c.arch), "top1": c.top1, "predicted_ms": c.costs["latency_ms"], "measured_ms": ms}
-        for c, ms in zip(finalists, measured, strict=True)
-    ]
-    if limit is not None:
-        inside = fastest_inside(finalists, measured, limit)
-        if inside is None:
-            print(f"none of the {len(finalists)} measured networks keeps the limit; measure the table again")
-        elif finalists[inside] != best:
-            best = finalists[inside]
-            print(f"taken: {best.arch}, the best one that keeps the limit as measured")
-    return best, rows
+    A run that cannot be read is left to those who say what is wrong with it.
+    """
+    try:
+        tables = [json.loads((run_dir / "config.json").read_text())["space"]]
+        while (file := run_dir / "spaces" / f"step-{len(tables)}.json").is_file():
+            tables.append(json.loads(file.read_text()))
+        space = Space.from_json(tables[-1])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for limits in requested:
+        Sampler(space, constraints_for(space, limits, model.predictor(space) if model else None))
 
 
 def print_budgets(budgets: Sequence[str], results: Sequence[dict[str, Any]]) -> None:

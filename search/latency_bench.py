@@ -23,7 +23,8 @@ from engine.subnet import Subnet
 from search.backends import Backend, Model, Session
 from search.backends.timing import interleaved_ms
 from search.latency_store import LatencyContext, Timing
-from search.network_parts import Part, PartTable, unit_scale
+from search.network_parts import Part, PartTable
+from search.part_stacks import stack, unit_scale
 
 _COPIES = 4
 """Copies of a part by which its longer stack exceeds its shorter one."""
@@ -74,7 +75,7 @@ class LatencyBench:
 
     def part(self, part: Part) -> Timing:
         """One copy of a part: what four more copies in a stack add, divided by four."""
-        short, long = (self._open(self.parts.stack(part, n), part.input_shape) for n in (1, 1 + _COPIES))
+        short, long = (self._open(stack(self.space, part, n), part.input_shape) for n in (1, 1 + _COPIES))
         times = self._times([short, long, self._reference], 1, self._max_seconds)
         return _timing((times[:, 1] - times[:, 0]) / _COPIES, times[:, 2])
 

@@ -1,15 +1,17 @@
 """Latency of any released network of a space, from timed parts and a measured correction.
 
-A model is a JSON file (search/latency.py writes it). It says what it was measured on, and is refused elsewhere.
+A model is a JSON file (search/latency.py writes it). It says what it was measured on, and is refused elsewhere. No
+torch, so that a search can tell within seconds that a limit is out of reach.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.atomic import write_atomically
 from engine.errors import UserError
-from engine.rundir import read_json, write_json
 from engine.space import Arch, Space
 from search.latency_store import LatencyContext
 from search.network_parts import PartTable
@@ -59,16 +61,16 @@ class LatencyModel:
         return LatencyPredictor(self, space)
 
     def save(self, file: Path) -> None:
-        write_json(file, asdict(self))
+        write_atomically(file, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, file: Path) -> "LatencyModel":
         """Raises `UserError` when the file holds no model."""
-        data = read_json(file)
         try:
+            data = json.loads(file.read_text())
             parts = {name: PartCost(**cost) for name, cost in data.pop("parts").items()}
             return cls(context=LatencyContext(**data.pop("context")), parts=parts, **data)
-        except (TypeError, AttributeError, KeyError, ValueError) as error:
+        except (OSError, TypeError, AttributeError, KeyError, ValueError) as error:
             raise UserError(
                 f"{file} holds no latency table ({error}); give a file that search/latency.py wrote"
             ) from None

@@ -24,7 +24,8 @@ from search.latency_bench import LatencyBench, base_ms
 from search.latency_fit import FORMS, best_fit, errors_of, kendall_tau
 from search.latency_model import LatencyModel, PartCost, find_model, model_file, refuse_other_device
 from search.latency_store import LatencyContext, Timing, TimingStore
-from search.network_parts import PartTable, unit_scale
+from search.network_parts import PartTable
+from search.part_stacks import stack, unit_scale
 from search.plain_onnx import write_plain_onnx
 from tests.search.runs import small_space, untrained_run
 from tests.search.spaces import all_archs, random_space
@@ -75,13 +76,13 @@ def test_stacks_have_the_widths_and_shortcuts_of_released_networks():
     arch = uniform_arch(space, random.Random(1))
     network = Subnet(space, arch)
     for part, block in zip(table.parts(arch)[1:-1], network.blocks, strict=True):
-        (copy,) = [m for m in table.stack(part, 1).modules() if type(m) is type(block)]
+        (copy,) = [m for m in stack(space, part, 1).modules() if type(m) is type(block)]
         assert copy.residual == block.residual
         assert [p.shape for p in copy.parameters()] == [p.shape for p in block.parameters()]
     for part in (table.parts(arch)[0], table.parts(arch)[-1]):
-        one, three = (sum(p.numel() for p in table.stack(part, n).parameters()) for n in (1, 3))
+        one, three = (sum(p.numel() for p in stack(space, part, n).parameters()) for n in (1, 3))
         assert three == 3 * one
-        assert table.stack(part, 3)(torch.randn(2, *part.input_shape)).shape == (2, part.widths[-1])
+        assert stack(space, part, 3)(torch.randn(2, *part.input_shape)).shape == (2, part.widths[-1])
 
 
 def networks(parts: int, count: int, noise: float, seed: int = 0):

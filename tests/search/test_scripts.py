@@ -23,8 +23,9 @@ from engine.subnet import Subnet
 from engine.trained_run import TrainedRun
 from search.constraints import Limit
 from search.evolution import EvolutionConfig
-from search.evolve import EvolveArguments, search
+from search.evolve import EvolveArguments
 from search.history import History
+from search.searching import search
 from tests.search.runs import small_space, untrained_run
 
 ROOT = Path(__file__).resolve().parents[2]
