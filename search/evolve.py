@@ -23,7 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from engine.cli import parse, write_figures
 from engine.errors import UserError, run
-from engine.space import Space
+from engine.space import Operation, Space
 from search.constraints import Limit, format_count, parse_count
 from search.costs import OBJECTIVES, constraints_for
 from search.evolution import EvolutionConfig
@@ -172,10 +172,10 @@ def refuse_unreachable(run_dir: Path, requested: Sequence[tuple[Limit, ...]], mo
     A run that cannot be read is left to those who say what is wrong with it.
     """
     try:
-        tables = [json.loads((run_dir / "config.json").read_text())["space"]]
-        while (file := run_dir / "spaces" / f"step-{len(tables)}.json").is_file():
-            tables.append(json.loads(file.read_text()))
-        space = Space.from_json(tables[-1])
+        table = json.loads((run_dir / "config.json").read_text())["space"]
+        table["live"] = [[str(Operation(*op)) for op in ops] for ops in table["live"]]
+        steps = sorted((run_dir / "spaces").glob("step-*.json"))
+        space = Space.from_json(json.loads(steps[-1].read_text()) if steps else table)
     except (OSError, ValueError, KeyError, TypeError):
         return
     for limits in requested:
