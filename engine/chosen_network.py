@@ -11,7 +11,7 @@ import torch
 from engine.data import open_dataset
 from engine.distributed import Process
 from engine.errors import UserError
-from engine.evaluation_set import evaluation_set, normalize
+from engine.evaluation_set import EvaluationSet, evaluation_set, normalize
 from engine.network_file import load_network
 from engine.rundir import RunDir
 from engine.space import Arch
@@ -33,6 +33,10 @@ class RealImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def inputs(self, kind: str) -> npt.NDArray[np.generic]:
+        """The images as an ONNX file takes them: `uint8` pixels or `normalised`."""
+        return self.pixels if kind == "uint8" else self.normalised().numpy()
+
     def normalised(self) -> torch.Tensor:
         """float32 [N, 3, H, W] on the CPU."""
         return normalize(torch.from_numpy(self.pixels), self.mean, self.std, torch.float32).contiguous()
@@ -47,6 +51,8 @@ class ChosenNetwork:
     classes: tuple[str, ...]
     """Names of the classes."""
     images: RealImages
+    calibration: RealImages
+    """Search-validation images for INT8's ranges; never those of the test set."""
 
 
 def network_file(run: RunDir) -> Path:
@@ -54,7 +60,7 @@ def network_file(run: RunDir) -> Path:
     return run.retrain / "network.pt"
 
 
-def choose_network(run: RunDir, arch: str | None, max_images: int) -> ChosenNetwork:
+def choose_network(run: RunDir, arch: str | None, max_images: int, calibration_images: int = 512) -> ChosenNetwork:
     """The retrained network of a run with test images, or `arch` as inherited with search-validation images.
 
     Images are evenly spaced over their set. Raises `UserError` when there is no such network, or its data is not there.
@@ -73,6 +79,17 @@ def choose_network(run: RunDir, arch: str | None, max_images: int) -> ChosenNetw
         network = release(TrainedRun.open(run.path, alone).supernet, parsed).eval()
     data = open_dataset(config.data, run.split_file)
     images = evaluation_set(data.open_test() if arch is None else data.search_val, config.data)
-    rows = np.linspace(0, len(images) - 1, min(max_images, len(images))).astype(int)
-    chosen = RealImages(np.array(images.images[rows]), images.labels[rows], images.mean, images.std)
-    return ChosenNetwork(network, "retrained" if arch is None else "inherited", data.classes, chosen)
+    search_val = images if arch is not None else evaluation_set(data.search_val, config.data)
+    return ChosenNetwork(
+        network,
+        "retrained" if arch is None else "inherited",
+        data.classes,
+        _evenly(images, max_images),
+        _evenly(search_val, calibration_images),
+    )
+
+
+def _evenly(images: EvaluationSet, most: int) -> RealImages:
+    """Evenly spaced images of a set."""
+    rows = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)
+    return RealImages(np.array(images.images[rows]), images.labels[rows], images.mean, images.std)

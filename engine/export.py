@@ -1,11 +1,12 @@
 """Export a released network as ONNX and check it on real images.
 
 python engine/export.py --run runs/digits
-python engine/export.py --run runs/digits --precision fp16 --input uint8
+python engine/export.py --run runs/digits --precision fp32 fp16 bf16 int8 --input uint8
 python engine/export.py --run runs/digits --arch ARCH
 
 Without --arch the network that retraining left in the run is exported, and checked on test images; with it, that
-architecture with the weights it inherits from the supernet, checked on search-validation images.
+architecture with the weights it inherits from the supernet, checked on search-validation images. INT8 takes its ranges
+from search-validation images.
 """
 
 import json
@@ -29,8 +30,13 @@ from engine.onnx_export import (
     export_onnx,
     onnx_logits,
     torch_logits,
+    typed_logits,
 )
+from engine.onnx_int8 import Calibration
 from engine.rundir import RunDir
+
+MOST_LOST = 0.5
+"""Points of top-1 that a precision may lose before it is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +45,12 @@ class ExportArguments:
     """Run directory with a retrained network, or with a trained supernet when --arch is given."""
     arch: str | None = None
     """Architecture to export with inherited weights instead of the retrained network."""
-    precision: Precision = "fp32"
-    """Type of weights and activations."""
+    precision: tuple[Precision, ...] = ("fp32",)
+    """Types of weights and activations, a file each."""
+    calibrate: Calibration = "minmax"
+    """How INT8's ranges follow from the calibration images: minmax, entropy or percentile."""
+    calibration_images: int = 512
+    """Most search-validation images that INT8 is calibrated on."""
     input: Input = "normalised"
     """`normalised`: float32 [N, 3, H, W]. `uint8`: raw pixels [N, H, W, 3], normalised inside the network."""
     batch: int | None = None
@@ -48,13 +58,17 @@ class ExportArguments:
     images: int = 2000
     """Most images that the file is checked on, evenly spaced over the set."""
     output: Path | None = None
-    """File to write; by default export/NAME.onnx in the run directory."""
+    """File to write, for one precision; by default export/NAME.onnx in the run directory."""
     json: Path | None = None
     """File for the figures of this export."""
 
     def __post_init__(self) -> None:
         if self.images < 1 or (self.batch is not None and self.batch < 1):
             raise UserError(f"images {self.images}, batch {self.batch}: both must be at least 1")
+        if not self.precision or (self.output is not None and len(self.precision) > 1):
+            raise UserError("--output names one file; give one --precision with it, and at least one without")
+        if self.calibration_images < 1:
+            raise UserError(f"calibration images {self.calibration_images}; at least 1 is needed")
 
 
 def main() -> None:
@@ -65,12 +79,21 @@ def main() -> None:
 
 
 def export(arguments: ExportArguments) -> dict[str, Any]:
-    """Write the file, check it, say so, and return the figures of --json."""
+    """Write and check a file per precision. Returns the figures of --json: the first file's, and all under `files`."""
     run_dir = RunDir.open(arguments.run)
-    chosen = choose_network(run_dir, arguments.arch, arguments.images)
+    chosen = choose_network(run_dir, arguments.arch, arguments.images, arguments.calibration_images)
+    files = [export_one(run_dir, chosen, arguments, precision) for precision in arguments.precision]
+    return {**files[0], "files": files}
+
+
+def export_one(
+    run_dir: RunDir, chosen: ChosenNetwork, arguments: ExportArguments, precision: Precision
+) -> dict[str, Any]:
+    """Write one file, check it, say so, and return its figures."""
     network, images = chosen.network, chosen.images
-    format = OnnxFormat(precision=arguments.precision, input=arguments.input, batch=arguments.batch)
-    file = arguments.output or run_dir.export / f"{chosen.origin}-{format.precision}-{format.input}.onnx"
+    format = OnnxFormat(precision=precision, input=arguments.input, batch=arguments.batch)
+    batch = f"-b{format.batch}" if format.batch else ""
+    file = arguments.output or run_dir.export / f"{chosen.origin}-{precision}-{format.input}{batch}.onnx"
     macs, params = CostModel(network.space).macs_and_params(network.arch)
     facts = {"arch": str(network.arch), "weights": chosen.origin, "macs": macs, "params": params}
     export_onnx(
@@ -85,6 +108,8 @@ def export(arguments: ExportArguments) -> dict[str, Any]:
             "resize": json.dumps(run_dir.config().data.resize),
             **{name: str(fact) for name, fact in facts.items()},
         },
+        calibration=chosen.calibration.inputs(format.input),
+        calibrate=arguments.calibrate,
     )
     size = file.stat().st_size
     print(f"wrote {file}: {size / 1e6:.2f} MB, {macs / 1e6:.2f} M MACs, {params / 1e6:.3f} M parameters")
@@ -92,22 +117,36 @@ def export(arguments: ExportArguments) -> dict[str, Any]:
 
 
 def check(chosen: ChosenNetwork, file: Path, format: OnnxFormat) -> dict[str, Any]:
-    """Compare ONNX Runtime on the file with torch in fp32 on the same images; say it and return the figures."""
-    images = chosen.images
+    """Compare the file with torch in fp32 on the same images; say it and return the figures.
+
+    ONNX Runtime runs the file. Where it has no such type, torch computes what the file says in that type.
+    """
+    images, by = chosen.images, "ONNX Runtime"
     expected = torch_logits(chosen.network, images.normalised())
+    figures: dict[str, Any] = {}
     try:
-        inputs = images.pixels if format.input == "uint8" else images.normalised().numpy()
-        logits = onnx_logits(file, inputs)
+        logits = onnx_logits(file, images.inputs(format.input))
     except UserError as reason:
-        print(f"not checked: {reason}")
-        return {"not_checked": str(reason)}
+        by = f"torch in {format.precision}"
+        figures["not_checked"] = str(reason)
+        print(f"{reason}")
+        logits = typed_logits(chosen.network, images.normalised(), format.precision)
     parity = compare_logits(logits, expected)
     top1_torch, top1_onnx = (float((answer.argmax(1) == images.labels).mean()) for answer in (expected, logits))
+    lost = 100 * (top1_torch - top1_onnx)
     print(
-        f"ONNX Runtime against torch on {parity.images} images: max error {parity.max_abs_error:.2e}, "
+        f"{by} against torch on {parity.images} images: max error {parity.max_abs_error:.2e}, "
         f"top-1 agreement {parity.top1_agreement:.2%}, top-1 {top1_onnx:.4f} against {top1_torch:.4f}"
+        f"{f', which loses {lost:.2f} points' if lost > MOST_LOST else ''}"
     )
-    return {**parity._asdict(), "top1_onnx": top1_onnx, "top1_torch": top1_torch}
+    return {
+        **parity._asdict(),
+        "top1_onnx": top1_onnx,
+        "top1_torch": top1_torch,
+        "top1_points_lost": lost,
+        "checked_by": by,
+        **figures,
+    }
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from engine.atomic import write_atomically
 from engine.errors import UserError
 from engine.folding import fold_batchnorm
+from engine.onnx_int8 import Calibration, quantize_onnx
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Input = Literal["normalised", "uint8"]
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
+"""Types of the network that the exporter sees; INT8 is made from its fp32 file."""
+OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}
 """Convolutions of bfloat16 came with opset 22."""
 MAX_BATCH = 4096
 """Largest batch of a file with a dynamic one."""
@@ -84,6 +87,8 @@ def export_onnx(
     mean: tuple[float, ...] = (0.5, 0.5, 0.5),
     std: tuple[float, ...] = (0.5, 0.5, 0.5),
     metadata: Mapping[str, str] | None = None,
+    calibration: npt.NDArray[np.generic] | None = None,
+    calibrate: Calibration = "minmax",
 ) -> None:
     """Write a network of images with three channels as ONNX, with batch normalisation folded, and check the file.
 
@@ -94,7 +99,23 @@ def export_onnx(
         format: precision, input and batch of the file.
         mean, std: of the normalisation, in units of 0 to 1.
         metadata: strings stored in the file beside the format and the normalisation.
+        calibration: real images in the file's input format; INT8 needs them.
+        calibrate: how INT8's ranges follow from them.
     """
+    if format.precision == "int8":
+        with TemporaryDirectory() as directory:
+            source = Path(directory) / "fp32.onnx"
+            export_onnx(
+                network,
+                source,
+                resolution=resolution,
+                format=replace(format, precision="fp32"),
+                mean=mean,
+                std=std,
+                metadata=metadata,
+            )
+            quantize_onnx(source, file, np.empty(0) if calibration is None else calibration, calibration=calibrate)
+        return
     folded = fold_batchnorm(network).cpu()
     for name, layer in list(folded.named_modules()):
         if isinstance(layer, nn.Linear):
@@ -154,6 +175,23 @@ def torch_logits(network: nn.Module, images: Tensor, batch: int = 256) -> npt.ND
     """The network's own answer [N, classes] to normalised images [N, 3, H, W]."""
     network.eval()
     return torch.cat([network(part).float() for part in images.split(batch)]).cpu().numpy()
+
+
+def typed_logits(network: nn.Module, images: Tensor, precision: Precision) -> npt.NDArray[np.float32]:
+    """What torch on the CPU answers with folded weights and activations of a type, as in the ONNX file of that type."""
+    return torch_logits(_Typed(fold_batchnorm(network).to(DTYPES[precision]), DTYPES[precision]), images)
+
+
+class _Typed(nn.Module):
+    """A network that is given its images in its own type."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = network
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.to(self.dtype))
 
 
 def onnx_logits(file: Path, images: npt.NDArray[np.generic], batch: int = 256) -> npt.NDArray[np.float32]:

@@ -19,7 +19,7 @@ from engine.atomic import write_atomically
 from engine.folding import fold_batchnorm
 from engine.onnx_export import DTYPES, OPSETS, Precision
 
-_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_TYPES: dict[str, int] = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
 def write_plain_onnx(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.onnx_export import OnnxFormat, Precision, export_onnx
+from engine.onnx_int8 import quantize_onnx
 from search.plain_onnx import write_plain_onnx
 
 
@@ -33,6 +34,9 @@ class Model:
     plain: bool = False
     """Whether it has only the layers of released networks, so that its file can be written in milliseconds."""
 
+    calibration: npt.NDArray[np.float32] | None = None
+    """Images [N, C, H, W] that INT8 takes its ranges from; random ones if there are none, when only time counts."""
+
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """C, H and W."""
@@ -43,7 +47,12 @@ class Model:
         file = self.directory / f"{self.name}-{precision}.onnx"
         if file.is_file():
             return file
-        if self.plain:
+        if precision == "int8":
+            images = self.calibration
+            if images is None:
+                images = np.random.default_rng(0).standard_normal((4, *self.input_shape), dtype=np.float32)
+            quantize_onnx(self.onnx_file("fp32"), file, images)
+        elif self.plain:
             write_plain_onnx(self.network, file, input_shape=self.input_shape, precision=precision)
         else:
             export_onnx(self.network, file, resolution=self.resolution, format=OnnxFormat(precision=precision))

@@ -24,6 +24,8 @@ class TorchBackend:
     def open(self, model: Model, precision: Precision, batch: int) -> "TorchSession":
         if self.device == "cuda":
             require_cuda()
+        if precision == "int8":
+            raise CannotRun("torch is not given INT8 here; ONNX Runtime and TensorRT run its Q/DQ file")
         network = fold_batchnorm(model.network).to(self.device, DTYPES[precision])
         network = network.to(memory_format=torch.channels_last)
         session = TorchSession(network, self.device, DTYPES[precision])

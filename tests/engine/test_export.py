@@ -18,6 +18,7 @@ from engine.onnx_export import (
     export_onnx,
     onnx_logits,
     torch_logits,
+    typed_logits,
 )
 from engine.sampling import uniform_arch
 from engine.subnet import Subnet
@@ -127,3 +128,40 @@ def test_other_files_are_refused_by_name(tmp_path, content, message):
         torch.save({"weights": torch.zeros(2)}, file)
     with pytest.raises(UserError, match=rf"network.pt {message}.*give a file that retraining wrote"):
         load_network(file)
+
+
+@pytest.mark.parametrize(("kind", "batch"), [("normalised", None), ("uint8", 4)])
+def test_int8_is_in_the_file_and_answers_like_torch(network, pixels, tmp_path, kind, batch):
+    file = tmp_path / "int8.onnx"
+    images = pixels if kind == "uint8" else normalised(pixels).numpy()
+    export_onnx(
+        network,
+        file,
+        resolution=16,
+        format=OnnxFormat(precision="int8", input=kind, batch=batch),
+        mean=MEAN,
+        std=STD,
+        metadata={"classes": "[]"},
+        calibration=images,
+    )
+    model = onnx.load(file)
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in model.graph.node}
+    weights = [w for w in model.graph.initializer if len(w.dims) == 4]
+    assert {w.data_type for w in weights} == {onnx.TensorProto.INT8}
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    assert (properties["precision"], properties["input"], properties["classes"]) == ("int8", kind, "[]")
+    logits, expected = onnx_logits(file, images), torch_logits(network, normalised(pixels))
+    assert 0 < np.abs(logits - expected).max() < 0.3 * expected.std() + 0.3 * np.abs(expected).max()
+    assert compare_logits(logits, expected).top1_agreement > 0.7
+
+
+def test_int8_needs_images(network, tmp_path):
+    with pytest.raises(UserError, match="INT8 needs images to calibrate on"):
+        export_onnx(network, tmp_path / "x.onnx", resolution=16, format=OnnxFormat(precision="int8"))
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_what_bfloat16_loses_is_told_by_torch(network, pixels):
+    images = normalised(pixels)
+    error = compare_logits(typed_logits(network, images, "bf16"), torch_logits(network, images)).max_abs_error
+    assert 1e-4 < error < 0.1 * np.abs(torch_logits(network, images)).max()

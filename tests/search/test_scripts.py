@@ -203,6 +203,20 @@ def test_export_writes_the_retrained_network_and_checks_it_on_test_images(tmp_pa
     assert "top-1 agreement 100.00%" in capsys.readouterr().out
 
 
+def test_export_writes_a_file_per_precision_and_says_what_each_loses(tmp_path, monkeypatch, capsys):
+    run = retrained_run(tmp_path / "run")
+    arguments = ("--run", str(run.path), "--precision", "fp16", "bf16", "int8", "--json", str(tmp_path / "f.json"))
+    in_process(engine.export, monkeypatch, *arguments)
+    files = {figures["precision"]: figures for figures in read(tmp_path / "f.json")["files"]}
+    assert files.keys() == {"fp16", "bf16", "int8"}
+    assert files["bf16"]["checked_by"] == "torch in bf16"
+    for figures in files.values():
+        lost = 100 * (figures["top1_torch"] - figures["top1_onnx"])
+        assert figures["top1_points_lost"] == pytest.approx(lost)
+        assert Path(figures["file"]).is_file()
+    assert capsys.readouterr().out.count("wrote ") == 3
+
+
 def test_latency_has_a_row_or_a_reason_for_every_backend(tmp_path, monkeypatch, capsys):
     run = retrained_run(tmp_path / "run")
     in_process(
