@@ -55,6 +55,23 @@ class ChainCost:
         """The smallest and largest cost of a live architecture."""
         return self._extreme(min), self._extreme(max)
 
+    def smallest(self, space: Space) -> Arch:
+        """The live architecture of the smallest cost."""
+        best: dict[int | None, tuple[float, list[tuple[int, BlockOp]]]] = {None: (self.constant, [])}
+        for terms in self.terms:
+            reached: dict[int | None, tuple[float, list[tuple[int, BlockOp]]]] = {}
+            for (before, channels), choices in terms.items():
+                op = min(choices, key=lambda op: choices[op])
+                cost, path = best[before]
+                if channels not in reached or cost + choices[op] < reached[channels][0]:
+                    reached[channels] = (cost + choices[op], [*path, (channels, op)])
+            best = reached
+        path = min(best.values(), key=lambda found: found[0])[1]
+        blocks = [[path[i] for i in indices] for indices in space.cluster_blocks]
+        return Arch(
+            tuple(cluster[0][0] for cluster in blocks), tuple(tuple(op for _, op in cluster) for cluster in blocks)
+        )
+
     def _extreme(self, pick: Callable[[Iterable[float]], float]) -> float:
         best: dict[int | None, float] = {None: self.constant}
         for terms in self.terms:

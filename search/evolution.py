@@ -143,9 +143,9 @@ def score(archs: list[Arch], evaluate: Evaluate, constraints: Constraints) -> Ge
     ]
 
 
-def first_generation(sampler: Sampler, count: int, rng: random.Random) -> list[Arch]:
-    """Different random architectures inside the limits; fewer where no more are found."""
-    found: dict[Arch, None] = {}
+def first_generation(sampler: Sampler, count: int, rng: random.Random, given: Sequence[Arch]) -> list[Arch]:
+    """Different architectures inside the limits, `given` ones first, then random; fewer where no more are found."""
+    found = dict.fromkeys(arch for arch in given[:count] if sampler.constraints.allow(arch))
     misses = 0
     while len(found) < count and misses < PATIENCE:
         arch = sampler.draw(rng)

@@ -15,6 +15,7 @@ from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_dis
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from engine.space import Arch, Space
+from search.chain import ChainCost
 from search.constraints import Constraints, Limit
 from search.evolution import (
     PATIENCE,
@@ -43,7 +44,8 @@ def evolve_front(
     """Yield every generation after its evaluation, from the first that `done` does not hold.
 
     As `search.evolution.evolve`, but top-1 is maximised and `costs` are minimised together. `population` survivors of
-    everything evaluated are the parents of as many children. Random draws spread over the range of the first cost.
+    everything evaluated are the parents of as many children. Random draws spread over the range of the first cost,
+    and the network of the smallest cost is among the first ones.
     """
     spread = constraints.limits or tuple(Limit(cost) for cost in costs if cost not in constraints.peaks)[:1]
     sampler = Sampler(space, replace(constraints, limits=spread))
@@ -54,7 +56,8 @@ def evolve_front(
         if known:
             archs = breed_front(sampler, known, config, costs, rng)
         else:
-            archs = first_generation(sampler, config.population, rng)
+            ends = [ChainCost(space, constraints.costs[c]).smallest(space) for c in costs if c not in constraints.peaks]
+            archs = first_generation(sampler, config.population, rng, ends)
         if not archs:
             if not known:
                 raise sampler.nothing_found()
