@@ -1,11 +1,12 @@
 """How fast is the released network on this machine, and does each backend compute what torch computes?
 
 python benchmarks/latency.py --run runs/digits --batch-sizes 1 8 32 --precisions fp32 fp16
-python benchmarks/latency.py --run runs/digits --backends torch-cpu onnxruntime-cpu --peers mobilenet_v2
+python benchmarks/latency.py --run runs/digits --backends torch-cpu onnxruntime-cpu --peers mobilenet_v2 --profile
 
 Time is wall clock for one batch from the call to the logits, the input already on the device. Parity is against torch
 in fp32 on real images. A backend that cannot run says why. Where TensorRT-RTX is installed but cannot run, its engines
-are built ahead of time for --targets.
+are built ahead of time for --targets. All rows are in latency/latency.json and .csv of the run, a plot of MACs against
+latency in latency/latency.png, and with --profile a CSV of layer times per row, from runs of their own.
 """
 
 import os
@@ -23,7 +24,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.latency_report import count_macs, memory_mib, plot_latency, write_csv
 from benchmarks.provenance import provenance
+from engine.atomic import write_atomically
 from engine.chosen_network import choose_network
 from engine.cli import parse, write_figures
 from engine.errors import UserError, run
@@ -31,11 +34,12 @@ from engine.journal import recorded
 from engine.onnx_export import Precision, compare_logits, torch_logits
 from engine.rundir import RunDir, write_json
 from search.backends import BACKENDS, CannotRun, Model, session_logits
-from search.backends.tensorrt import RTX_TARGETS, build_engine, import_package
+from search.backends.tensorrt import RTX_TARGETS, build_engine, import_package, network_layers
 from search.backends.timing import measure
 
 PARITY_BATCHES = 32
 """Batches that each row's answers are compared on."""
+PROFILED_RUNS = 20
 PEERS = ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "mnasnet1_0")
 
 
@@ -55,10 +59,16 @@ class LatencyArguments:
     """Networks of torchvision to measure in the same way, with random weights."""
     targets: tuple[str, ...] = RTX_TARGETS
     """GPU generations that TensorRT-RTX builds engines for where it cannot run them."""
+    profile: bool = False
+    """Also time every layer, in separate runs, into latency/profile-*.csv."""
+    save_engines: bool = True
+    """Keep the engines that are built ahead of time, in latency/engines/."""
     repeats: int = 200
     """Timed runs per row."""
     warmup: int = 20
     """Runs before them that do not count."""
+    warmup_seconds: float = 0.3
+    """Least time of the warmup, in which the device leaves its power-saving state."""
     max_seconds: float = 2.0
     """A row's warmup and its timed runs each end after this time, with fewer runs but at least ten."""
     images: int = 200
@@ -92,29 +102,41 @@ def measure_run(run_dir: RunDir, arguments: LatencyArguments) -> None:
     images = chosen.images.normalised()
     resolution = chosen.network.space.resolution
     with TemporaryDirectory() as directory:
-        models = [Model(chosen.origin, chosen.network, resolution, Path(directory))]
-        models += [peer(name, resolution, len(chosen.classes), Path(directory)) for name in arguments.peers]
+        calibration = chosen.calibration.normalised().numpy()
+        models = [Model(chosen.origin, chosen.network, resolution, Path(directory), calibration=calibration)]
+        for name in arguments.peers:
+            network = peer(name, len(chosen.classes), images)
+            models.append(Model(name, network, resolution, Path(directory), calibration=calibration))
         stamp = provenance()
-        rows = [{**row, **stamp} for model in models for row in measure_model(model, images, arguments)]
-        engines = [{**row, **stamp} for row in build_ahead(models[0], arguments)]
+        rows = [{**row, **stamp} for model in models for row in measure_model(model, images, run_dir, arguments)]
+        engines = [{**row, **stamp} for row in build_ahead(models[0], run_dir, arguments)]
     figures = {"arch": str(chosen.network.arch), "rows": rows, "engines": engines}
     write_json(run_dir.latency / "latency.json", figures)
+    write_csv(run_dir.latency / "latency.csv", rows)
     write_figures(arguments.json, figures)
     show(rows, engines)
-    print(f"all figures are in {run_dir.latency / 'latency.json'}")
+    plotted = plot_latency(rows, run_dir.latency / "latency.png")
+    print(f"all figures are in {run_dir.latency / 'latency.json'}{f', a plot in {plotted}' if plotted else ''}")
 
 
-def peer(name: str, resolution: int, classes: int, directory: Path) -> Model:
-    """A network of torchvision with random weights, at the same resolution."""
+def peer(name: str, classes: int, images: torch.Tensor) -> torch.nn.Module:
+    """A network of torchvision with random weights and the batch statistics of real images."""
     import torchvision
 
     torch.manual_seed(0)
-    return Model(name, torchvision.models.get_model(name, num_classes=classes).eval(), resolution, directory)
+    network = torchvision.models.get_model(name, num_classes=classes).train()
+    with torch.no_grad():
+        for _ in range(30):  # statistics as of a trained network: vanishing activations would be slow subnormals
+            network(images[:16])
+    return network.eval()
 
 
-def measure_model(model: Model, images: torch.Tensor, arguments: LatencyArguments) -> Iterator[dict[str, Any]]:
+def measure_model(
+    model: Model, images: torch.Tensor, run_dir: RunDir, arguments: LatencyArguments
+) -> Iterator[dict[str, Any]]:
     """A row per backend, precision and batch size: its figures, or why it did not run."""
     expected = torch_logits(model.network, images)
+    macs = count_macs(model.network, images[:1])
     for name in arguments.backends:
         backend = BACKENDS[name]
         try:
@@ -124,7 +146,8 @@ def measure_model(model: Model, images: torch.Tensor, arguments: LatencyArgument
             continue
         for precision in arguments.precisions:
             for batch in arguments.batch_sizes:
-                row = {"network": model.name, "backend": name, "precision": precision, "batch": batch}
+                row = {"network": model.name, "backend": name, "precision": precision, "batch": batch, "macs": macs}
+                before = memory_mib(name)
                 try:
                     session = backend.open(model, precision, batch)
                     count = min(len(images), PARITY_BATCHES * batch)
@@ -135,15 +158,24 @@ def measure_model(model: Model, images: torch.Tensor, arguments: LatencyArgument
                         repeats=arguments.repeats,
                         warmup=arguments.warmup,
                         max_seconds=arguments.max_seconds,
+                        warmup_seconds=arguments.warmup_seconds,
                     )
+                    size = {"engine_bytes": session.engine_bytes, "memory_mib": max(0.0, memory_mib(name) - before)}
+                    if arguments.profile:
+                        file = f"profile-{model.name}-{name}-{precision}-b{batch}.csv"
+                        layers = session.layer_times_ms(PROFILED_RUNS)
+                        write_csv(run_dir.latency / file, [{"layer": layer, "ms": ms} for layer, ms in layers])
                 except CannotRun as reason:
                     yield {**row, "why": str(reason)}
                     break
-                yield {**row, **latency._asdict(), **parity._asdict(), "hardware": hardware}
+                yield {**row, **latency._asdict(), **parity._asdict(), **size, "hardware": hardware}
 
 
-def build_ahead(model: Model, arguments: LatencyArguments) -> Iterator[dict[str, Any]]:
-    """TensorRT-RTX engines for other machines, where it is installed but cannot run: size and time, or why not."""
+def build_ahead(model: Model, run_dir: RunDir, arguments: LatencyArguments) -> Iterator[dict[str, Any]]:
+    """TensorRT-RTX engines for other machines, where it is installed but cannot run: size and time, or why not.
+
+    `layers` are those of the network that the builder read; an engine tells its own only where it can be loaded.
+    """
     name = "tensorrt-rtx"
     if name not in arguments.backends:
         return
@@ -160,6 +192,7 @@ def build_ahead(model: Model, arguments: LatencyArguments) -> Iterator[dict[str,
     batches = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
     for precision in arguments.precisions:
         onnx = model.onnx_file(precision).read_bytes()
+        layers = network_layers(trt, onnx)
         for target in arguments.targets:
             row = {"backend": name, "version": trt.__version__, "precision": precision, "target": target}
             started = time.perf_counter()
@@ -168,17 +201,23 @@ def build_ahead(model: Model, arguments: LatencyArguments) -> Iterator[dict[str,
             except CannotRun as reason:
                 yield {**row, "why": str(reason)}
                 continue
-            yield {**row, "bytes": len(engine), "batches": batches, "build_seconds": time.perf_counter() - started}
+            seconds = time.perf_counter() - started
+            if arguments.save_engines:
+                file = run_dir.latency / "engines" / f"{model.name}-{precision}-{target}.engine"
+                write_atomically(file, engine)
+                row["file"] = str(file)
+            yield {**row, "bytes": len(engine), "batches": batches, "build_seconds": seconds, "layers": layers}
 
 
 def show(rows: list[dict[str, Any]], engines: list[dict[str, Any]]) -> None:
     """Print both lists as tables."""
     console = Console(markup=False, highlight=False)
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 140)
     for hardware in dict.fromkeys(row["hardware"] for row in rows if "hardware" in row):
         print(hardware)
     table = Table(
-        "network", "backend", "precision", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "max error", "top-1 same"
+        *("network", "backend", "precision", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s"),
+        *("M MACs", "MB", "max error", "top-1 same"),
     )
     for row in rows:
         if "why" in row:
@@ -186,7 +225,8 @@ def show(rows: list[dict[str, Any]], engines: list[dict[str, Any]]) -> None:
         head = [row["network"], row["backend"], row["precision"], str(row["batch"])]
         times = [f"{row[name]:.3f}" for name in ("p50_ms", "p90_ms", "p99_ms")]
         table.add_row(
-            *head, *times, f"{row['images_per_s']:,.0f}", f"{row['max_abs_error']:.1e}", f"{row['top1_agreement']:.1%}"
+            *(*head, *times, f"{row['images_per_s']:,.0f}", f"{row['macs'] / 1e6:.2f}"),
+            *(f"{row['engine_bytes'] / 1e6:.2f}", f"{row['max_abs_error']:.1e}", f"{row['top1_agreement']:.1%}"),
         )
     console.print(table)
     if engines:

@@ -66,7 +66,8 @@ def quantize_onnx(
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=methods[calibration],
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+            # TensorRT reads no INT32 biases; they stay in fp32.
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
         )
         model = onnx.load(quantized)
     original = {entry.key: entry.value for entry in onnx.load(source).metadata_props}

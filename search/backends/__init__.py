@@ -13,7 +13,9 @@ BACKENDS: dict[str, Backend] = {
         OnnxRuntimeBackend("cpu"),
         OnnxRuntimeBackend("cuda"),
         TensorRTBackend("tensorrt"),
+        TensorRTBackend("tensorrt", graph=True),
         TensorRTBackend("tensorrt_rtx"),
+        TensorRTBackend("tensorrt_rtx", graph=True),
     )
 }
 """Every backend by name, whether it can run here or not."""

@@ -62,6 +62,9 @@ class Model:
 class Session(Protocol):
     """A network ready to run on a device, for one batch size."""
 
+    engine_bytes: int
+    """Size of what is deployed: engine, ONNX file or weights."""
+
     def load(self, images: Tensor) -> None:
         """Put a full batch [N, 3, H, W] where `run` reads it, on the device if there is one."""
         ...
@@ -72,6 +75,10 @@ class Session(Protocol):
 
     def logits(self) -> npt.NDArray[np.float32]:
         """The answer [N, classes] of the last `run`."""
+        ...
+
+    def layer_times_ms(self, repeats: int) -> list[tuple[str, float]]:
+        """Mean milliseconds of every layer that the backend runs, in order; apart from timing, which it disturbs."""
         ...
 
 

@@ -6,6 +6,7 @@ time for named GPU generations on a machine that has no GPU.
 """
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,19 +15,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.atomic import write_atomically
 from engine.onnx_export import Precision, first_line
 from search.backends.base import CannotRun, Model, require_cuda
 
+TIMING_CACHES = Path("~/.cache/bsnas/tensorrt").expanduser()
+"""Where the builder's layer timings are kept, a file per package, version and GPU."""
 RTX_TARGETS = ("SM75", "SM80", "SM86", "SM89", "SM120")
 """GPU generations that TensorRT-RTX builds for; Hopper (SM90) is not among them."""
 
 
 class TensorRTBackend:
-    """One of the two packages: `tensorrt` or `tensorrt_rtx`."""
+    """One of the two packages: `tensorrt` or `tensorrt_rtx`; with `graph`, a run replays a captured CUDA graph."""
 
-    def __init__(self, package: str) -> None:
+    def __init__(self, package: str, *, graph: bool = False) -> None:
         self.package = package
-        self.name = package.replace("_", "-")
+        self.graph = graph
+        self.name = package.replace("_", "-") + ("-graph" if graph else "")
 
     def describe(self) -> str:
         trt = import_package(self.package)
@@ -35,19 +40,22 @@ class TensorRTBackend:
             generation = "SM{}{}".format(*torch.cuda.get_device_capability())
             if not hasattr(trt.ComputeCapability, generation):
                 raise CannotRun(f"TensorRT-RTX has no {generation}, which {device} is")
-        return f"{device}; {self.name} {trt.__version__}"
+        return f"{device}; {self.package.replace('_', '-')} {trt.__version__}"
 
     def open(self, model: Model, precision: Precision, batch: int) -> "TensorRTSession":
         self.describe()
         trt = import_package(self.package)
-        engine = build_engine(trt, model.onnx_file(precision).read_bytes(), (batch, batch, batch))
-        return TensorRTSession(trt, engine, batch)
+        cache = TIMING_CACHES / f"{self.package}-{trt.__version__}-{require_cuda().replace(' ', '-')}.cache"
+        engine = build_engine(trt, model.onnx_file(precision).read_bytes(), (batch, batch, batch), timing_cache=cache)
+        return TensorRTSession(trt, engine, batch, graph=self.graph)
 
 
 class TensorRTSession:
     """An engine, its execution context and its buffers on the current CUDA device."""
 
-    def __init__(self, trt: ModuleType, engine: bytes, batch: int) -> None:
+    def __init__(self, trt: ModuleType, engine: bytes, batch: int, *, graph: bool = False) -> None:
+        self.engine_bytes = len(engine)
+        self._trt = trt
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(engine)
@@ -61,15 +69,49 @@ class TensorRTSession:
         self._logits = torch.empty(tuple(self._context.get_tensor_shape("logits")), device="cuda")
         self._context.set_tensor_address("images", self._images.data_ptr())
         self._context.set_tensor_address("logits", self._logits.data_ptr())
+        self._graph = self._captured() if graph else None
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """The launches of a run as one graph. A run before it allocates what may not be allocated inside."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            self._launch()
+            self._stream.synchronize()
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._launch()
+        except RuntimeError as error:
+            raise CannotRun(f"the engine cannot be captured as a CUDA graph: {first_line(error)}") from None
+        return graph
+
+    def _launch(self) -> None:
+        if not self._context.execute_async_v3(self._stream.cuda_stream):
+            raise CannotRun("the engine failed while running")
 
     def load(self, images: Tensor) -> None:
         self._images.copy_(images)
         torch.cuda.synchronize()
 
     def run(self) -> None:
-        if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise CannotRun("the engine failed while running")
+        if self._graph is None:
+            self._launch()
+        else:
+            with torch.cuda.stream(self._stream):
+                self._graph.replay()
         self._stream.synchronize()
+
+    def layer_times_ms(self, repeats: int) -> list[tuple[str, float]]:
+        """Mean time of every layer of the engine, in order. Layers are timed one by one, so their sum exceeds a run."""
+        times: dict[str, float] = {}
+
+        class Profiler(self._trt.IProfiler):  # type: ignore[name-defined]
+            def report_layer_time(self, layer: str, ms: float) -> None:
+                times[layer] = times.get(layer, 0.0) + ms / repeats
+
+        self._context.profiler = Profiler()
+        for _ in range(repeats):
+            self._launch()
+            self._stream.synchronize()
+        return list(times.items())
 
     def logits(self) -> npt.NDArray[np.float32]:
         return self._logits.cpu().numpy()
@@ -86,7 +128,28 @@ def import_package(package: str) -> ModuleType:
         raise CannotRun(f"{package} does not load: {first_line(error)}") from None
 
 
-def build_engine(trt: ModuleType, onnx: bytes, batches: tuple[int, int, int], target: str | None = None) -> bytes:
+def network_layers(trt: ModuleType, onnx: bytes) -> list[str]:
+    """The layers that the parser makes of an ONNX file, before any fusion; empty when it does not understand it."""
+    logger = _logger(trt)
+    builder = trt.Builder(logger)
+    if builder is None:
+        return []
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(onnx):
+        return []
+    layers = (network.get_layer(k) for k in range(network.num_layers))
+    return [f"{str(layer.type).rsplit('.', 1)[-1]} {layer.name}" for layer in layers]
+
+
+def build_engine(
+    trt: ModuleType,
+    onnx: bytes,
+    batches: tuple[int, int, int],
+    target: str | None = None,
+    timing_cache: Path | None = None,
+) -> bytes:
     """A serialized engine.
 
     Args:
@@ -94,6 +157,7 @@ def build_engine(trt: ModuleType, onnx: bytes, batches: tuple[int, int, int], ta
         onnx: content of the ONNX file.
         batches: smallest, usual and largest batch size.
         target: GPU generation to build for without having it, as `SM89` (TensorRT-RTX only); this machine's if None.
+        timing_cache: file of layer timings that earlier builds left; made or extended where the package has them.
 
     Raises `CannotRun` with the builder's own words when it does not build.
     """
@@ -115,9 +179,15 @@ def build_engine(trt: ModuleType, onnx: bytes, batches: tuple[int, int, int], ta
     profile = builder.create_optimization_profile()
     profile.set_shape(images.name, *((batch, *shape) for batch in batches))
     config.add_optimization_profile(profile)
+    cached = timing_cache is not None and hasattr(config, "create_timing_cache")
+    if timing_cache is not None and cached:
+        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
+        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise CannotRun(f"the engine does not build: {logger.reason()}")
+    if timing_cache is not None and cached:
+        write_atomically(timing_cache, bytes(config.get_timing_cache().serialize()))
     return bytes(engine)
 
 

@@ -1,5 +1,7 @@
 """PyTorch, eager, with batch normalisation folded and channels_last: the baseline of the other backends."""
 
+import time
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -41,6 +43,7 @@ class TorchSession:
     """A folded network and its input on one device."""
 
     def __init__(self, network: nn.Module, device: str, dtype: torch.dtype) -> None:
+        self.engine_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
         self._network = network
         self._device = device
         self._dtype = dtype
@@ -55,6 +58,37 @@ class TorchSession:
         self._logits = self._network(self._images)
         if self._device == "cuda":
             torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def layer_times_ms(self, repeats: int) -> list[tuple[str, float]]:
+        """Mean time of every leaf module, in order, the device waited for after each."""
+        times: dict[str, float] = {}
+        started: dict[str, float] = {}
+
+        def now() -> float:
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+        def before(name: str) -> None:
+            started[name] = now()
+
+        def after(name: str) -> None:
+            times[name] = times.get(name, 0.0) + (now() - started[name]) * 1e3 / repeats
+
+        hooks = []
+        for name, layer in self._network.named_modules():
+            if not any(layer.children()) and not isinstance(layer, (nn.Identity, nn.Sequential)):
+                label = f"{type(layer).__name__} {name}"
+                hooks.append(layer.register_forward_pre_hook(lambda m, i, label=label: before(label)))
+                hooks.append(layer.register_forward_hook(lambda m, i, o, label=label: after(label)))
+        self.run()
+        times.clear()
+        for _ in range(repeats):
+            self.run()
+        for hook in hooks:
+            hook.remove()
+        return list(times.items())
 
     def logits(self) -> npt.NDArray[np.float32]:
         return self._logits.float().cpu().numpy()

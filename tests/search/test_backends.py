@@ -13,8 +13,8 @@ from engine.onnx_export import onnx_logits, torch_logits
 from engine.sampling import uniform_arch
 from engine.subnet import Subnet
 from search.backends import BACKENDS, CannotRun, Model, session_logits
-from search.backends.tensorrt import RTX_TARGETS, build_engine, import_package
-from search.backends.timing import measure
+from search.backends.tensorrt import RTX_TARGETS, build_engine, import_package, network_layers
+from search.backends.timing import interleaved_ms, measure
 from tests.search.runs import small_space
 
 CPU = ("torch-cpu", "onnxruntime-cpu")
@@ -41,6 +41,29 @@ def test_cpu_backends_answer_like_torch_and_are_timed(model, name, batch):
     assert latency.repeats == 30
     assert 0 < latency.p50_ms <= latency.p90_ms <= latency.p99_ms
     assert latency.images_per_s == pytest.approx(batch / latency.p50_ms * 1e3)
+
+
+@pytest.mark.parametrize("name", CPU)
+def test_layers_are_timed_apart_and_the_size_is_told(model, name):
+    session = BACKENDS[name].open(model, "fp32", 4)
+    session.load(torch.randn(4, 3, 16, 16))
+    layers = session.layer_times_ms(5)
+    convolutions = [layer for layer, _ in layers if layer.startswith("Conv")]
+    assert len(convolutions) == sum(isinstance(m, torch.nn.Conv2d) for m in model.network.modules()) + (
+        name == "onnxruntime-cpu"
+    ), "the classifier is a convolution in ONNX"
+    assert all(ms >= 0 for _, ms in layers)
+    weights = sum(p.numel() * 4 for p in model.network.parameters())
+    assert 0.5 * weights < session.engine_bytes < 10 * weights + 20_000
+
+
+def test_int8_runs_in_onnx_runtime_and_not_in_torch(model):
+    images = torch.randn(8, 3, 16, 16)
+    logits = session_logits(BACKENDS["onnxruntime-cpu"].open(model, "int8", 8), images, 8)
+    expected = torch_logits(model.network, images)
+    assert 0 < np.abs(logits - expected).max() < 0.5 * np.abs(expected).max()
+    with pytest.raises(CannotRun, match="torch is not given INT8 here"):
+        BACKENDS["torch-cpu"].open(model, "int8", 8)
 
 
 @pytest.mark.parametrize("name", CPU)
@@ -75,6 +98,17 @@ def test_slow_rows_end_early_but_not_before_ten_runs():
     session = SlowSession()
     assert measure(session, 1, repeats=10**6, warmup=10**6, max_seconds=0).repeats == 10  # type: ignore[arg-type]
     assert session.runs == 20
+    measure(session, 1, repeats=10, warmup=0, max_seconds=0, warmup_seconds=0.01)  # type: ignore[arg-type]
+    assert session.runs > 100, "the warmup lasts"
+
+
+def test_interleaved_times_have_a_row_per_visit_and_end_in_time():
+    sessions = [SlowSession(), SlowSession()]
+    times = interleaved_ms(sessions, visits=7, calls=2, max_seconds=10, rng=random.Random(0))  # type: ignore[arg-type]
+    assert times.shape == (7, 2)
+    assert [session.runs for session in sessions] == [21, 21]
+    short = interleaved_ms(sessions, visits=10**6, calls=1, max_seconds=0, rng=random.Random(0))  # type: ignore[arg-type]
+    assert len(short) == 5
 
 
 def test_bfloat16_is_exported_and_its_lack_on_the_cpu_is_said_in_one_line(model):
@@ -88,7 +122,7 @@ def test_bfloat16_is_exported_and_its_lack_on_the_cpu_is_said_in_one_line(model)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-@pytest.mark.parametrize("name", ["torch-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("name", ["torch-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "tensorrt-graph"])
 def test_backends_without_a_gpu_say_so(model, name):
     for attempt in (BACKENDS[name].describe, lambda: BACKENDS[name].open(model, "fp32", 1)):
         with pytest.raises(CannotRun, match=r"no CUDA|is not installed; pip install bsnas\[tensorrt"):
@@ -106,8 +140,10 @@ def test_a_missing_package_names_its_extra():
 @pytest.mark.parametrize("target", RTX_TARGETS)
 def test_rtx_engines_are_built_ahead_of_time_for_every_target(model, target):
     trt = import_package("tensorrt_rtx")
-    for precision in ("fp32", "fp16"):
-        assert len(build_engine(trt, model.onnx_file(precision).read_bytes(), (1, 8, 32), target)) > 10_000
+    for precision in ("fp32", "fp16", "int8"):
+        content = model.onnx_file(precision).read_bytes()
+        assert len(build_engine(trt, content, (1, 8, 32), target)) > 10_000
+        assert any(layer.startswith("CONVOLUTION") for layer in network_layers(trt, content))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")

@@ -14,6 +14,7 @@ import benchmarks.latency
 import engine.export
 from benchmarks.latency import LatencyArguments
 from engine.chosen_network import choose_network, network_file
+from engine.cost import CostModel
 from engine.distributed import Process
 from engine.errors import UserError
 from engine.network_file import save_network
@@ -223,7 +224,8 @@ def test_latency_has_a_row_or_a_reason_for_every_backend(tmp_path, monkeypatch, 
         benchmarks.latency,
         monkeypatch,
         *("--run", str(run.path), "--batch-sizes", "1", "4", "--precisions", "fp32", "--repeats", "20"),
-        *("--warmup", "2", "--targets", "SM80", "--json", str(tmp_path / "f.json")),
+        *("--warmup", "2", "--warmup-seconds", "0", "--targets", "SM80", "--profile"),
+        *("--json", str(tmp_path / "f.json")),
     )
     figures = read(tmp_path / "f.json")
     rows = {(row["backend"], row.get("batch")): row for row in figures["rows"]}
@@ -237,6 +239,15 @@ def test_latency_has_a_row_or_a_reason_for_every_backend(tmp_path, monkeypatch, 
     assert {backend for backend, _ in rows} == set(benchmarks.latency.BACKENDS)
     assert all(("why" in row) != ("p50_ms" in row) for row in figures["rows"])
     assert read(run.latency / "latency.json") == figures
+    lines = (run.latency / "latency.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(figures["rows"])
+    assert {"network", "p50_ms", "engine_bytes", "memory_mib", "macs"} <= set(lines[0].split(","))
+    macs = {row["macs"] for row in figures["rows"] if "macs" in row}
+    assert macs == {CostModel(small_space()).macs(Arch.parse(ARCH))}
+    assert (run.latency / "latency.png").read_bytes().startswith(b"\x89PNG")
+    profile = (run.latency / "profile-retrained-onnxruntime-cpu-fp32-b4.csv").read_text()
+    assert profile.startswith("layer,ms")
+    assert "Conv " in profile
     printed = capsys.readouterr().out
     for row in figures["rows"]:
         assert row.get("why", "images/s") in printed
@@ -254,3 +265,31 @@ def test_latency_has_a_row_or_a_reason_for_every_backend(tmp_path, monkeypatch, 
 def test_latency_refuses_what_it_does_not_know(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         LatencyArguments(run=tmp_path, **options)
+
+
+def test_an_exported_network_is_served_without_torch(tmp_path, monkeypatch):
+    run = retrained_run(tmp_path / "run")
+    in_process(engine.export, monkeypatch, "--run", str(run.path), "--json", str(tmp_path / "e.json"))
+    arguments = ("--run", str(run.path), "--json", str(tmp_path / "f.json"))
+    done = script("benchmarks/serve_check.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures, exported = read(tmp_path / "f.json"), read(tmp_path / "e.json")
+    assert figures["torch_imported"] is False
+    assert figures["images"] == exported["images"]
+    assert figures["images_per_s"] > 0
+    assert abs(figures["top1"] - exported["top1_onnx"]) < 0.03, "Pillow's pixels are nearly DALI's"
+    assert "-> " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give --run DIR, or both --model FILE and --images"),
+        (("--run", "."), "holds no exported network; run engine/export.py"),
+        (("--model", "no.onnx", "--images", "."), "no.onnx does not exist"),
+    ],
+)
+def test_serving_says_what_is_missing(tmp_path, arguments, message):
+    done = script("benchmarks/serve_check.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
