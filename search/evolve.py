@@ -123,7 +123,7 @@ class EvolveArguments:
         asked = self.latency_table is not None or any(value is not None for value in wanted.values())
         if self.max_latency_ms is None and "latency" not in self.goals and not asked:
             return None
-        return find_model(self.run / "latency", self.latency_table, wanted)
+        return find_model(self.run.expanduser() / "latency", self.latency_table, wanted)
 
 
 def main() -> None:
@@ -131,7 +131,7 @@ def main() -> None:
     requested = [arguments.limits(budget) for budget in arguments.all_budgets or (None,)]
     config = arguments.evolution()
     found = arguments.find_table()
-    refuse_unreachable(arguments.run, requested, found[1] if found else None)
+    refuse_unreachable(arguments.run.expanduser(), requested, found[1] if found else None)
 
     # Torch and DeepSpeed take seconds to load: only for what can be searched.
     from engine.distributed import start_process

@@ -17,6 +17,8 @@ from search.latency_model import LatencyModel, LatencyPredictor, refuse_other_de
 
 NOISE = 0.03
 """A network whose measured latency exceeds the limit by no more than this share counts as inside it."""
+_BUSY = 0.1
+"""Slowdown of the reference network that is no longer taken for the machine's own."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,20 @@ class LatencyTable:
 
 
 def measured_ms(table: LatencyTable, space: Space, archs: Sequence[Arch]) -> list[float]:
-    """Median latency of released networks, timed in turn, in the table's context."""
+    """Median latency of released networks, timed in turn, in the table's context.
+
+    On a machine that is busier than when the table was measured, the reference network tells by how much: times are
+    scaled to the quieter of both moments, and it is said.
+    """
     context = table.model.context
     precision: Precision = context.precision  # type: ignore[assignment]
     with _threads(table.model):
         bench = LatencyBench(space, BACKENDS[context.backend], batch=context.batch, precision=precision)
         timings = list(bench.networks(archs).values())
-    base = base_ms(timings)
+    base, quiet = base_ms(timings), float(table.model.about.get("reference_ms", float("inf")))
+    if base > quiet * (1 + _BUSY):
+        print(f"the machine is busy: the reference network takes {base:.4g} ms, not {quiet:.4g}; scaled to the latter")
+        base = quiet
     return [timing.ratio * base for timing in timings]
 
 
