@@ -1,14 +1,15 @@
 """Files and directories that appear whole or not at all, with any number of processes asking at once."""
 
+import errno
 import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from engine.errors import UserError
+from engine.errors import MachineError, UserError
 
 
 @contextmanager
@@ -26,18 +27,42 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it: readers see all of it or nothing."""
+def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write a file under another name, to the disk, and rename it: readers see all of it or nothing.
+
+    `durable=False` does not wait for the disk: for files that nobody needs after a power failure.
+    Raises `UserError` for a place that cannot be written and `MachineError` when the disk is full or fails.
+    """
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
+        with open(temporary, "wb") as handle:
             handle.write(content)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(handle.fileno(), 0o666 & ~umask)  # as open() would; temporary files are private
-        os.replace(handle.name, path)
+            if durable:
+                handle.flush()
+                os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        if durable:
+            sync_directory(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a directory that can be written") from None
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise write_error(path, error) from None
+
+
+def write_error(path: Path, error: OSError) -> UserError:
+    """What to raise when a file cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return MachineError(f"cannot write {path}: {error.strerror}; free space on its disk, then continue")
+    return UserError(f"cannot write {path}: {error.strerror}; choose a directory that can be written")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory last through a power failure."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    with suppress(OSError):  # some network file systems have no such call; the rename itself is done
+        os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def build_directory(final: Path, build: Callable[[Path], None]) -> Path:

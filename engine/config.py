@@ -1,5 +1,7 @@
 """The configuration of a run: frozen dataclasses whose docstrings are the command line's help."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -121,6 +123,29 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SafetyConfig:
+    """What keeps a run from losing work. Nothing here changes a result, so it may differ between starts of a run."""
+
+    checkpoint_minutes: float = 10
+    """Minutes between checkpoints inside an epoch; there is one after every epoch anyway."""
+    checkpoints: int = 2
+    """Newest checkpoints to keep, besides those at shrink steps."""
+    max_skipped: int = 20
+    """Optimizer steps in a row without finite loss and gradients after which a training stops."""
+    timeout_minutes: float = 30
+    """Minutes that a process waits for the others before it gives them up."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.checkpoint_minutes < math.inf or not 0 < self.timeout_minutes < math.inf:
+            raise UserError(
+                f"checkpoint minutes {self.checkpoint_minutes}, timeout minutes {self.timeout_minutes}: "
+                "each must be above 0"
+            )
+        if self.checkpoints < 1 or self.max_skipped < 1:
+            raise UserError(f"checkpoints {self.checkpoints}, max skipped {self.max_skipped}: each must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides a run's result."""
 
@@ -162,10 +187,35 @@ def to_json(config: Any) -> Any:
 def from_json(kind: type[Config], data: Any, source: Path) -> Config:
     """The configuration that `to_json` wrote; every field is checked. Raises `UserError` naming `source`."""
     try:
-        return TypeAdapter(kind).validate_python(data)
+        config = TypeAdapter(kind).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(
             f"{source}: {where}: {first['msg']}; take a file that this program wrote ({error.error_count()} problems)"
         ) from None
+    except RecursionError:
+        raise UserError(f"{source} is nested too deeply; take a file that this program wrote") from None
+    lost = _lost(data, to_json(config), "")
+    if lost:
+        raise UserError(f"{source}: {lost}; take a file that this program wrote")
+    return config
+
+
+def _lost(given: Any, taken: Any, where: str) -> str | None:
+    """What of some JSON data did not arrive in the configuration unchanged; None when all did."""
+    if isinstance(given, Mapping) and isinstance(taken, Mapping):
+        for name, value in given.items():
+            place = f"{where}.{name}".lstrip(".")
+            if name not in taken:
+                return f"{place} is unknown; allowed are {', '.join(taken)}"
+            if problem := _lost(value, taken[name], place):
+                return problem
+        return None
+    if isinstance(given, (list, tuple)) and isinstance(taken, (list, tuple)) and len(given) == len(taken):
+        pairs = enumerate(zip(given, taken, strict=True))
+        return next((p for i, (a, b) in pairs if (p := _lost(a, b, f"{where}.{i}"))), None)
+    if isinstance(given, float) and not math.isfinite(given):
+        return f"{where} is {given}, which is no number to compute with"
+    same = given == taken and (type(given) is type(taken) or {type(given), type(taken)} == {int, float})
+    return None if same else f"{where} is {given!r:.60}, taken as {taken!r:.60}"

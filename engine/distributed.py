@@ -3,15 +3,17 @@
 import logging
 import os
 import socket
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from engine.console import adopt_loggers, hide_libraries
-from engine.errors import UserError
+from engine.errors import UserError, machine_failure
 from engine.memory import keep_freed_memory
 
 Result = TypeVar("Result")
@@ -41,8 +43,11 @@ class Process:
         return batch_size // self.world_size
 
 
-def start_process() -> Process:
-    """Join the processes that the `deepspeed` launcher started; alone when there is no launcher."""
+def start_process(timeout_minutes: float = 30) -> Process:
+    """Join the processes that the `deepspeed` launcher started; alone when there is no launcher.
+
+    A process that does not hear from another for `timeout_minutes` gives up.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no GPU
     hide_libraries()
@@ -62,7 +67,11 @@ def start_process() -> Process:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        verbose=False,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
     return Process(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
@@ -74,16 +83,34 @@ def start_process() -> Process:
 def on_main(process: Process, action: Callable[[], Result]) -> Result:
     """Run `action` on the main process alone and give every rank its result, or its `UserError`."""
     outcome: list[Any] = [None, None]
+    failure: UserError | None = None
     if process.is_main:
         try:
             outcome[0] = action()
         except UserError as error:
-            outcome[1] = str(error)
+            failure = error
+        except (OSError, MemoryError, sqlite3.Error) as error:
+            failure = machine_failure(error)
+            if failure is None:
+                raise
+        outcome[1] = failure and (type(failure), str(failure))
     if process.world_size > 1:
         torch.distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        kind, message = outcome[1]
+        told: UserError = kind(message)
+        told.told = not process.is_main
+        raise told
     return outcome[0]
+
+
+def gather_to_main(process: Process, tensor: torch.Tensor) -> torch.Tensor | None:
+    """[ranks, *tensor.shape] on the main process, None on the others."""
+    if process.world_size == 1:
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(process.world_size)] if process.is_main else None
+    torch.distributed.gather(tensor.contiguous(), parts, dst=0)
+    return torch.stack(parts) if parts else None
 
 
 def _free_port() -> int:

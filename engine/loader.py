@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -74,6 +74,12 @@ class TrainLoader:
         """
         for step in range(start, self.steps_per_epoch):
             yield self._receive(epoch * self.steps_per_epoch + step)
+
+    def names(self, position: int, ranks: Iterable[int]) -> str:
+        """The files of a batch, counted over all epochs, that some ranks got: for a message."""
+        place = divmod(position, self.steps_per_epoch)
+        files = [self._files.path(i) for rank in ranks for i in self._order.rank_batch(*place, rank)]
+        return ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
 
     def _feed(self) -> Batch:
         """The next batch for the pipeline to decode; called by DALI when it has room."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,17 +21,28 @@ CLOCK_VALUES = ("time", "seconds", "images_per_s", "data_wait_share")
 class Meter:
     """Loss, top-1 and speed since the last reading. Sums stay on the device; reading them synchronises."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss x images, correct, images
+    def __init__(self, device: torch.device, waited: float = 0.0) -> None:
+        """`waited` is the loader's total so far."""
+        # loss x images, correct, images; and images since this process began, which its speed counts
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._started = time.perf_counter()
-        self._waited = 0.0
+        self._waited = waited
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """One pass: mean loss [], logits [N, classes], labels [N]."""
+        """One pass: mean loss [], logits [N, classes], labels [N]. One without a finite loss does not count."""
         correct = (logits.argmax(1) == labels).sum()
         images = torch.full_like(correct, len(labels))
-        self._sums += torch.stack([loss.detach() * len(labels), correct, images]).double()
+        values = torch.stack([loss.detach() * len(labels), correct, images, images]).double()
+        self._sums += torch.where(loss.detach().isfinite(), values, 0.0)
+
+    def state(self) -> Tensor:
+        """The sums, for a checkpoint inside an epoch."""
+        return self._sums
+
+    def load(self, state: Tensor) -> None:
+        self._sums.copy_(state)
+        self._sums[3] = 0
 
     def read(self, wait_seconds: float) -> dict[str, float]:
         """Means over ranks since the last call, and images/s of all ranks; `wait_seconds` is the loader's total."""
@@ -50,12 +62,12 @@ class Meter:
         return values
 
     def _values(self, sums: Tensor, wait_seconds: float) -> dict[str, float]:
-        loss, correct, images = sums.tolist()
+        loss, correct, images, recent = sums.tolist()
         seconds = time.perf_counter() - self._started
         return {
             "loss": loss / max(images, 1),
             "top1": correct / max(images, 1),
-            "images_per_s": images / seconds,
+            "images_per_s": recent / seconds,
             "data_wait_share": (wait_seconds - self._waited) / seconds,
             "seconds": seconds,
         }
@@ -64,13 +76,12 @@ class Meter:
 class MetricsLog:
     """Appends to metrics.jsonl and TensorBoard; a resumed run first drops what lies past its checkpoint."""
 
-    def __init__(self, file: Path, tensorboard: Path, *, resume_epoch: int) -> None:
+    def __init__(self, file: Path, tensorboard: Path, *, resume_epoch: int, resume_bytes: int) -> None:
+        """`resume_bytes`: how long the file was when the checkpoint was written."""
         from torch.utils.tensorboard import SummaryWriter
 
-        if file.exists():
-            lines = file.read_text().splitlines(keepends=True)
-            ends = [number for number, line in enumerate(lines, 1) if _epoch_end(line) <= resume_epoch]
-            file.write_text("".join(lines[: max(ends, default=0)]))
+        if file.exists() and file.stat().st_size > resume_bytes:
+            os.truncate(file, resume_bytes)
         self._file = open(file, "a", buffering=1)  # noqa: SIM115 - open as long as the training
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=resume_epoch + 1)
 
@@ -88,18 +99,14 @@ class MetricsLog:
         if values:
             self._tensorboard.add_histogram(tag, torch.tensor(values), epoch)
 
+    def bytes_written(self) -> int:
+        """Length of the file, for a checkpoint."""
+        self._file.flush()
+        return os.fstat(self._file.fileno()).st_size
+
     def close(self) -> None:
         self._file.close()
         self._tensorboard.close()
-
-
-def _epoch_end(line: str) -> float:
-    """The epoch whose end the line reports; infinity for any other line."""
-    try:
-        entry = json.loads(line)
-    except ValueError:  # the last line of a killed run
-        return float("inf")
-    return entry["epoch"] if entry["kind"] == "epoch" else float("inf")
 
 
 def duration(seconds: float) -> str:

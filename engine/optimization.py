@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from engine.config import OptimizerConfig, Precision
 from engine.distributed import Process
 from engine.errors import UserError
+from engine.guard import Finiteness, RunningStatistics
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -96,7 +97,7 @@ class Optimization:
             lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
-            foreach=True,
+            fused=True,  # one kernel, which can be told on the device to write nothing
         )
         self.engine, *_ = deepspeed.initialize(
             model=network,
@@ -107,19 +108,55 @@ class Optimization:
         self.engine.enable_backward_allreduce = False
         # After initialize: DeepSpeed broadcasts weights as bytes, which channels_last ones refuse.
         self.engine.module.to(memory_format=torch.channels_last)
+        self.engine.torch_autocast_z0_gradscaler = None  # it would wait for the device in every step
+        self.finiteness = Finiteness(process.device, scaled=precision == "fp16")
+        self.statistics = RunningStatistics(network)
 
     def forward(self, *inputs: Any) -> Tensor:
+        self.statistics.keep()
         return self.engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients to the parameters'."""
-        self.engine.backward(loss)
+        self.engine.backward(self.finiteness.scaled_loss(loss))
 
-    def step(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
-        """Average the gradients of `parameters` over ranks, move them, and clear all gradients."""
+    def step(self, parameters: Iterable[nn.Parameter], lr: float, notes: Tensor | None = None) -> Tensor:
+        """Average the gradients of `parameters` over ranks, move them, and clear all gradients.
+
+        `notes`, float32, are averaged over ranks with them. Returns [1] on the device: 1 when a loss or gradient of
+        any rank was not finite, and nothing has changed then but that gradients are cleared.
+        """
+        used = [parameter for parameter in parameters if parameter.grad is not None]
+        gradients = [gradient_like(parameter) for parameter in used]
+        self.finiteness.spread(gradients)
         if self.world_size > 1:
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            self.engine.buffered_allreduce_fallback(grads=gradients)
+            self.engine.buffered_allreduce_fallback(grads=gradients if notes is None else [*gradients, notes])
+        bad = self.finiteness.check(gradients)
+        for parameter in used:  # a step that writes nothing must not find momentum that was never written
+            state = self.optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.engine.step()
+        self.statistics.settle(bad)
+        return bad
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides the network."""
+        return {"optimizer": self.optimizer.state_dict(), "finiteness": self.finiteness.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.finiteness.load(state["finiteness"])
+
+
+def gradient_like(parameter: nn.Parameter) -> Tensor:
+    """The parameter's gradient with the parameter's strides, which the fused step compares."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.stride() != parameter.stride():  # most often in a dimension of one element alone
+        like = torch.empty_like(parameter)
+        parameter.grad = gradient = like.copy_(gradient)
+    return gradient

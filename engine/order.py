@@ -50,11 +50,11 @@ class EpochOrder:
             self._epoch = epoch
         return self._permutation[step * self._used // self.steps : (step + 1) * self._used // self.steps]
 
-    def rank_batch(self, epoch: int, step: int) -> Indices:
-        """Sample indices of this rank."""
+    def rank_batch(self, epoch: int, step: int, rank: int | None = None) -> Indices:
+        """Sample indices of this rank, or of another."""
+        rank = self._rank if rank is None else rank
         batch = self.global_batch(epoch, step)
-        first = len(batch) * self._rank // self._world_size
-        return batch[first : len(batch) * (self._rank + 1) // self._world_size]
+        return batch[len(batch) * rank // self._world_size : len(batch) * (rank + 1) // self._world_size]
 
 
 def sample_uniform(seed: int, epoch: int, indices: Indices, count: int) -> npt.NDArray[np.float64]:

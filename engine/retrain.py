@@ -16,10 +16,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from engine.checkpoint import read_state
 from engine.chosen_network import network_file
 from engine.cli import load_deepspeed_overrides, parse, write_figures
-from engine.config import RetrainConfig, RunConfig
+from engine.config import RetrainConfig, RunConfig, SafetyConfig
 from engine.cost import CostModel
 from engine.distributed import Process, on_main, start_process
 from engine.errors import UserError, run
@@ -28,7 +27,7 @@ from engine.journal import recorded
 from engine.network_file import load_network, save_network
 from engine.rundir import RunDir, read_json, write_json
 from engine.space import Arch
-from engine.standalone import StandaloneTrainer, measure_accuracy
+from engine.standalone import StandaloneTrainer, measure_accuracy, request_file
 from engine.subnet import Subnet, release
 from engine.trained_run import TrainedRun
 
@@ -49,6 +48,7 @@ class RetrainArguments:
     """Images of one step over all processes; by default as in the run's configuration."""
     overwrite: bool = False
     """Replace the retrained network of another architecture or setting that the run holds."""
+    safety: SafetyConfig = SafetyConfig()  # noqa: RUF009 - frozen
     deepspeed_config: Path | None = None
     """DeepSpeed JSON that is merged over the generated configuration."""
     json: Path | None = None
@@ -58,7 +58,7 @@ class RetrainArguments:
 def main() -> None:
     arguments = parse(RetrainArguments, __doc__, sys.argv[1:])
     overrides = load_deepspeed_overrides(arguments.deepspeed_config)
-    process = start_process()
+    process = start_process(arguments.safety.timeout_minutes)
     run_dir = RunDir.open(arguments.run)
     with run_dir.lock() if process.is_main else nullcontext(), recorded(run_dir, "retrain", device=process.device):
         figures = retrain(run_dir, arguments, process, overrides)
@@ -87,7 +87,9 @@ def retrain(
     torch.manual_seed(config.seed)
     trained = TrainedRun.open(run_dir.path, process)
     network = release(trained.supernet, arch) if arguments.inherit else Subnet(config.space, arch)
-    trainer = StandaloneTrainer(network, config, run_dir.retrain, request, process, trained.data, overrides)
+    trainer = StandaloneTrainer(
+        network, config, run_dir.retrain, request, process, trained.data, overrides, arguments.safety
+    )
     trainer.train()
     if process.is_main:
         save_network(network_file(run_dir), trainer.network)
@@ -126,10 +128,11 @@ def _best_arch(run_dir: RunDir) -> str:
 
 def _check_free(run_dir: RunDir, request: dict[str, Any], overwrite: bool) -> None:
     """Raise `UserError` when the run holds the retraining of something else."""
-    file = run_dir.retrain / "checkpoint.pt"
-    if file.is_file() and not overwrite and read_state(file)["request"] != request:
+    file = request_file(run_dir.retrain)
+    held = read_json(file) if file.is_file() else request
+    if held != request and not overwrite:
         raise UserError(
-            f"{run_dir.retrain} holds the training of {read_state(file)['request']}; "
+            f"{run_dir.retrain} holds the training of {held}; "
             "add --overwrite to replace it, or ask for the same to continue it"
         )
 

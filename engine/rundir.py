@@ -23,10 +23,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.atomic import write_atomically
+from engine.atomic import write_atomically, write_error
 from engine.config import RunConfig, from_json, to_json
 from engine.errors import UserError
 from engine.space import Space
+
+MAX_JSON_BYTES = 256 << 20
+"""Largest JSON file that is read: a search of 100,000 architectures has 50 MB."""
 
 
 class RunDir:
@@ -81,7 +84,11 @@ class RunDir:
     def lock(self) -> Iterator[None]:
         """Keep other processes from writing here; the lock goes with the process. Raises `UserError` when taken."""
         file = self.path / "lock"
-        with open(file, "a+") as handle:
+        try:
+            opened = open(file, "a+")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise write_error(file, error) from None
+        with opened as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -115,14 +122,26 @@ class RunDir:
         return spaces
 
 
+def json_bytes(data: Any) -> bytes:
+    return (json.dumps(data, indent=1) + "\n").encode()
+
+
 def write_json(file: Path, data: Any) -> None:
     """Write a JSON file atomically. Raises `UserError` when the directory cannot be written."""
-    write_atomically(file, (json.dumps(data, indent=1) + "\n").encode())
+    write_atomically(file, json_bytes(data))
 
 
 def read_json(file: Path) -> Any:
     """The data in a JSON file. Raises `UserError` naming the file when it cannot be read."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        with open(file, "rb") as handle:
+            content = handle.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise UserError(
+                f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB, no file of a run; restore it or start a new run"
+            )
+        return json.loads(content.decode())
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON: {error}; restore it or start a new run") from None

@@ -1,24 +1,29 @@
 """Training of one released network, from scratch or from inherited weights (paper, section 4.1)."""
 
-import os
+import shutil
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from engine.checkpoint import read_state, write_state
-from engine.config import RunConfig
+from engine.checkpoint import CheckpointWriter, Progress, Written, read_state
+from engine.config import RunConfig, SafetyConfig
 from engine.data import Dataset
-from engine.distributed import Process, average_batchnorm
+from engine.distributed import Process, average_batchnorm, gather_to_main, on_main
 from engine.evaluation_set import EvaluationSet
 from engine.image_files import list_images
 from engine.loader import TrainLoader
 from engine.metrics import Meter, MetricsLog, Reporter
 from engine.optimization import Optimization, default_precision, learning_rate
+from engine.preemption import Preempted, deferred, signal_name
+from engine.resume import device_name, find_checkpoint
+from engine.rundir import read_json, write_json
 from engine.subnet import Subnet
+from engine.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,7 @@ def measure_accuracy(network: nn.Module, images: EvaluationSet, device: torch.de
 class StandaloneTrainer:
     """Trains a released network on all images of train/, the search-validation images included.
 
-    The state after each epoch is in `directory`; a training that was started with the same request continues there.
+    Its checkpoints are in `directory`; a training that was started with the same request continues there.
     """
 
     def __init__(
@@ -60,10 +65,11 @@ class StandaloneTrainer:
         process: Process,
         data: Dataset,
         deepspeed_overrides: Mapping[str, Any],
+        safety: SafetyConfig = SafetyConfig(),  # noqa: B008 - frozen
     ) -> None:
         self.config = config
         self.process = process
-        self.file = directory / "checkpoint.pt"
+        self.data = data
         self.request = dict(request)
         self.epochs = config.retrain.epochs
         optimizer = replace(
@@ -85,51 +91,137 @@ class StandaloneTrainer:
             dtype=torch.float32 if precision == "fp32" else torch.float16,
         )
         self.criterion = nn.CrossEntropyLoss(label_smoothing=optimizer.label_smoothing)
-        self.epoch = 0
-        state = read_state(self.file) if self.file.is_file() else None
-        if state is not None and state["request"] == self.request:
+        self.progress = Progress()
+        self.meter: Meter | None = None
+        """Sums of the epoch under way."""
+        self.reporter = Reporter(self.epochs, enabled=process.is_main, doing="retraining")
+        on_main(process, lambda: claim(directory, self.request))
+        checkpoints = directory / "checkpoints"
+        found = find_checkpoint(checkpoints, process, data.fingerprint, self.reporter.say)
+        state = read_state(found.file) if found else None
+        if state is not None:
             network.load_state_dict(state["network"])
-            self.epoch = state["epoch"]
         self.network = network.to(process.device)
         self.optimization = Optimization(self.network, optimizer, process, precision, deepspeed_overrides)
-        if self.epoch and state is not None:
-            self.optimization.optimizer.load_state_dict(state["optimizer"])
-        self.reporter = Reporter(self.epochs, enabled=process.is_main, doing="retraining")
+        if found is not None and state is not None:
+            self._load(state, whole_epoch=found.manifest.whole_epoch)
         self.log: MetricsLog | None = None
         if process.is_main:
-            os.makedirs(directory, exist_ok=True)
-            self.log = MetricsLog(directory / "metrics.jsonl", directory / "tensorboard", resume_epoch=self.epoch)
+            self.log = MetricsLog(
+                directory / "metrics.jsonl", directory / "tensorboard", resume_epoch=self.progress.epoch,
+                resume_bytes=state["metrics_bytes"] if state else 0,
+            )  # fmt: skip
+        self.writer = CheckpointWriter(checkpoints, safety.checkpoints)
+        self.watch = Watch(process, safety, self.writer, self.progress)
 
     def train(self) -> None:
-        """Train the epochs that are still to do."""
-        while self.epoch < self.epochs:
-            self.train_epoch()
+        """Train the epochs that are still to do. Raises `Preempted` when told to stop."""
+        with deferred():
+            try:
+                while self.progress.epoch < self.epochs:
+                    self.train_epoch()
+            finally:
+                self.writer.wait()
         if self.log is not None:
             self.log.close()
 
     def train_epoch(self) -> None:
-        meter = Meter(self.process.device)
+        """The batches of an epoch, or those that are left of it; then a checkpoint."""
+        progress, steps = self.progress, self.loader.steps_per_epoch
+        if self.meter is None:  # else the epoch is continued
+            self.meter = Meter(self.process.device, waited=self.loader.wait_seconds)
         self.network.train()
-        for step, (images, labels) in enumerate(self.loader.epoch(self.epoch)):
+        for images, labels in self.loader.epoch(progress.epoch, start=progress.passes - progress.epoch * steps):
             logits = self.optimization.forward(images)
             loss = self.criterion(logits.float(), labels)
             self.optimization.backward(loss)
-            epoch = self.epoch + step / self.loader.steps_per_epoch
-            lr = learning_rate(self.optimizer_config, self.optimizer_config.learning_rate, epoch, self.epochs)
-            self.optimization.step(self.network.parameters(), lr)
-            meter.add(loss, logits, labels)
+            self._step()
+            self.meter.add(loss, logits, labels)
+            progress.passes += 1
             if self.reporter.due():
-                self.reporter.show(epoch, meter.peek(self.loader.wait_seconds), done=False)
-        self.epoch += 1
+                self.reporter.show(progress.passes / steps, self.meter.peek(self.loader.wait_seconds), done=False)
+            self._between_steps()
+        self.watch.settle()
+        lr = self._learning_rate(progress.passes - 1)
+        progress.epoch += 1
         average_batchnorm(self.network)
-        values = meter.read(self.loader.wait_seconds)
-        self.reporter.show(self.epoch, values, done=True)
+        values = self.meter.read(self.loader.wait_seconds)
+        self.meter = None
+        self.reporter.show(progress.epoch, values, done=True)
         if self.log is not None:
-            self.log.write("epoch", self.epoch, {**values, "learning_rate": lr})
+            self.log.write("epoch", progress.epoch, {**values, "learning_rate": lr, "skipped": progress.skipped})
+        self._save(whole_epoch=True)
+
+    def _learning_rate(self, step: int) -> float:
+        peak = self.optimizer_config.learning_rate
+        return learning_rate(self.optimizer_config, peak, step / self.loader.steps_per_epoch, self.epochs)
+
+    def _step(self) -> None:
+        step = self.progress.passes
+        notes = self.watch.notes(self.optimization.finiteness.loss_is_bad())
+        bad = self.optimization.step(self.network.parameters(), self._learning_rate(step), notes)
+        self.watch.observe(bad, notes, lambda ranks: self._describe(step, ranks))
+
+    def _between_steps(self) -> None:
+        """Nothing is half done here: stop when told to, and save when it is time."""
+        if self.watch.stop:
+            began = time.perf_counter()
+            self._save(whole_epoch=False)
+            on_main(self.process, self.writer.wait)
+            raise Preempted(
+                f"stopped by {signal_name()} in epoch {self.progress.epoch + 1} after {self.progress.passes} steps; "
+                f"saved in {time.perf_counter() - began:.1f} s; the same command continues"
+            )
+        if self.watch.save:
+            self._save(whole_epoch=False)
+
+    def _describe(self, step: int, ranks: list[int]) -> str:
+        epoch, images = step // self.loader.steps_per_epoch + 1, self.loader.names(step, ranks or [self.process.rank])
+        return f"epoch {epoch}, step {step + 1}, network {self.request.get('arch')}, images {images}"
+
+    # ---- files
+
+    def _save(self, *, whole_epoch: bool) -> None:
+        """Write everything that the training needs to continue, beside it."""
+        self.watch.settle()
+        of_ranks = {}
+        if not whole_epoch:  # inside an epoch, ranks have statistics and sums of their own
+            assert self.meter is not None
+            of_ranks["statistics_of_ranks"] = gather_to_main(self.process, self.optimization.statistics.values)
+            of_ranks["meter_of_ranks"] = gather_to_main(self.process, self.meter.state())
+        if self.process.is_main:
+            progress = replace(self.progress)
             state = {
-                "request": self.request,
-                "epoch": self.epoch,
-                "network": self.network.state_dict(),
-                "optimizer": self.optimization.optimizer.state_dict(),
-            }
-            write_state(self.file, state)
+                "request": self.request, "progress": asdict(progress), "network": self.network.state_dict(),
+                "optimization": self.optimization.state(), **of_ranks,
+                "metrics_bytes": self.log.bytes_written() if self.log else 0,
+            }  # fmt: skip
+            about = Written(
+                progress=progress, whole_epoch=whole_epoch, kept=whole_epoch and progress.epoch == self.epochs,
+                processes=self.process.world_size, device=device_name(self.process), data=self.data.fingerprint,
+            )  # fmt: skip
+            self.writer.save(about, state)
+        self.watch.saved()
+
+    def _load(self, state: dict[str, Any], *, whole_epoch: bool) -> None:
+        self.progress = Progress(**state["progress"])
+        self.optimization.load_state(state["optimization"])
+        if not whole_epoch:
+            self.optimization.statistics.values.copy_(state["statistics_of_ranks"][self.process.rank])
+            self.meter = Meter(self.process.device, waited=self.loader.wait_seconds)
+            self.meter.load(state["meter_of_ranks"][self.process.rank])
+
+
+def claim(directory: Path, request: Mapping[str, Any]) -> None:
+    """Record what is trained in a directory; the checkpoints of another request go."""
+    file = request_file(directory)
+    if not file.is_file() or read_json(file) != request:
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        for name in ("network.pt", "result.json", "metrics.jsonl"):
+            (directory / name).unlink(missing_ok=True)
+        write_json(file, dict(request))
+
+
+def request_file(directory: Path) -> Path:
+    """What the training in a directory was asked for."""
+    return directory / "request.json"

@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from engine.cli import load_deepspeed_overrides, option, parse, write_figures
-from engine.config import RunConfig
+from engine.config import RunConfig, SafetyConfig
 from engine.data import open_dataset
 from engine.distributed import Process, on_main, start_process
 from engine.errors import UserError, run
@@ -35,6 +35,7 @@ class TrainArguments:
     """Run directory; by default runs/PRESET."""
     resume: bool = False
     """Continue the run from its newest checkpoint, with the configuration it started with."""
+    safety: SafetyConfig = SafetyConfig()  # noqa: RUF009 - frozen
     deepspeed_config: Path | None = None
     """DeepSpeed JSON that is merged over the generated configuration."""
     kernels: str | None = None
@@ -49,12 +50,12 @@ def main() -> None:
     arguments = parse(TrainArguments, __doc__, argv, default)
     overrides = load_deepspeed_overrides(arguments.deepspeed_config)
     path = arguments.run or Path("runs") / arguments.config.preset
-    process = start_process()
+    process = start_process(arguments.safety.timeout_minutes)
     _force_kernels(arguments.kernels, process)
     run_dir, config = on_main(process, lambda: _open_run(path, arguments))
     with run_dir.lock() if process.is_main else nullcontext(), recorded(run_dir, "train", device=process.device):
         data = on_main(process, lambda: open_dataset(config.data, run_dir.split_file))
-        trainer = SupernetTrainer(config, run_dir, process, data, overrides)
+        trainer = SupernetTrainer(config, run_dir, process, data, overrides, arguments.safety)
         trainer.train()
         if process.is_main:
             write_figures(arguments.json, trainer.figures())

@@ -1,28 +1,32 @@
 """Supernet training with step-shrinking (paper, Algorithm 1)."""
 
 import random
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
-from engine.config import RunConfig
+from engine.checkpoint import CheckpointWriter, Progress, Written, load_checkpoint
+from engine.config import RunConfig, SafetyConfig
 from engine.data import Dataset
-from engine.distributed import Process, average_batchnorm
+from engine.distributed import Process, average_batchnorm, gather_to_main, on_main
 from engine.evaluate import Evaluator
 from engine.evaluation_set import EvaluationSet, evaluation_set
 from engine.loader import TrainLoader
 from engine.metrics import Meter, MetricsLog, Reporter
 from engine.optimization import Optimization, default_precision, learning_rate
+from engine.preemption import Preempted, deferred, signal_name
+from engine.resume import device_name, find_checkpoint
 from engine.rundir import RunDir, write_json
 from engine.sampling import fair_archs, fair_round, uniform_arch, uniform_round
 from engine.shrink import importance, importance_to_json, shrink
 from engine.space import Arch, Space
 from engine.supernet import Supernet, crop_to
+from engine.watch import Watch
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE_SUBNETS = 20
@@ -39,6 +43,7 @@ class SupernetTrainer:
         process: Process,
         data: Dataset,
         deepspeed_overrides: Mapping[str, Any],
+        safety: SafetyConfig = SafetyConfig(),  # noqa: B008 - frozen
     ) -> None:
         self.config = config
         self.run = run
@@ -62,22 +67,40 @@ class SupernetTrainer:
         self.last_values: dict[str, float] = {}
         self.probes: dict[str, float] = {}
         """Median top-1 of random subnets by the moment they were scored."""
+        self.meter: Meter | None = None
+        """Sums of the epoch under way."""
         self.supernet: Supernet
         self.optimization: Optimization
-        checkpoint = latest_checkpoint(run.checkpoints)
-        if checkpoint is None:
-            torch.manual_seed(config.seed)
-            self._wrap(Supernet(config.space, config.sharing))
-        else:
-            space, self.progress, state = load_checkpoint(checkpoint, config.space)
-            supernet = Supernet(space, config.sharing)
-            supernet.load_state_dict(state["supernet"])
-            self._wrap(supernet)
-            self.optimization.optimizer.load_state_dict(state["optimizer"])
         self.reporter = Reporter(config.shrink.total_epochs, enabled=process.is_main)
+        metrics_bytes = self._start_or_continue()
         self.log = (
-            MetricsLog(run.metrics_file, run.tensorboard, resume_epoch=self.progress.epoch) if process.is_main else None
+            MetricsLog(run.metrics_file, run.tensorboard, resume_epoch=self.progress.epoch, resume_bytes=metrics_bytes)
+            if process.is_main
+            else None
         )
+        self.writer = CheckpointWriter(run.checkpoints, safety.checkpoints)
+        self.watch = Watch(process, safety, self.writer, self.progress)
+
+    def _start_or_continue(self) -> int:
+        """Fill in the newest checkpoint, or begin. Returns how much of the metrics file belongs to that state."""
+        found = find_checkpoint(self.run.checkpoints, self.process, self.data.fingerprint, self.reporter.say)
+        if found is None:
+            torch.manual_seed(self.config.seed)
+            self._wrap(Supernet(self.config.space, self.config.sharing))
+            return 0
+        space, self.progress, state = load_checkpoint(found.file, self.config.space)
+        supernet = Supernet(space, self.config.sharing)
+        supernet.load_state_dict(state["supernet"])
+        self._wrap(supernet)
+        self.optimization.load_state(state["optimization"])
+        self.probes, self.last_values = state["probes"], state["last_values"]
+        if not found.manifest.whole_epoch:
+            self.optimization.statistics.values.copy_(state["statistics_of_ranks"][self.process.rank])
+            self.meter = Meter(self.process.device, waited=self.loader.wait_seconds)
+            self.meter.load(state["meter_of_ranks"][self.process.rank])
+        if self.progress.paths and self.config.sampling.batches == "shared":
+            self.progress.batches -= 1  # the paths of the round that are left see its batch again
+        return int(state["metrics_bytes"])
 
     @property
     def space(self) -> Space:
@@ -92,55 +115,98 @@ class SupernetTrainer:
     # ---- the whole training
 
     def train(self) -> None:
-        """Train all epochs and make all shrink steps that are still to do."""
-        steps = self.config.shrink.step_epochs
+        """Train all epochs and make all shrink steps that are still to do. Raises `Preempted` when told to stop."""
         if self.progress.epoch == self.config.shrink.total_epochs:
             self.reporter.say(f"all {self.progress.epoch} epochs are trained")
-        while self.progress.epoch < self.config.shrink.total_epochs:
-            if self.progress.epoch in steps[self.progress.shrink_steps :]:
-                self.make_shrink_step()
-            self.train_epoch()
-        self.probe("final")
+        with deferred():
+            try:
+                self._train()
+            finally:
+                self.writer.wait()
         if self.log is not None:
             self.log.close()
 
+    def _train(self) -> None:
+        steps = self.config.shrink.step_epochs
+        while self.progress.epoch < self.config.shrink.total_epochs:
+            if self.progress.epoch in steps[self.progress.shrink_steps :]:
+                self.make_shrink_step()
+                self._save(whole_epoch=True)
+            self.train_epoch()
+        self.probe("final")
+
     def train_epoch(self) -> None:
         """Rounds until as many passes are made as the epochs so far have batches, at least one; then a checkpoint."""
-        per_epoch = self.loader.steps_per_epoch
-        end = (self.progress.epoch + 1) * per_epoch
-        meter = Meter(self.process.device)
+        progress, per_epoch = self.progress, self.loader.steps_per_epoch
+        end = (progress.epoch + 1) * per_epoch
+        if self.meter is None:  # else the epoch is continued
+            self.meter = Meter(self.process.device, waited=self.loader.wait_seconds)
         batches = self._batches()
         self.supernet.train()
-        first = self.progress.rounds
-        while self.progress.passes < end or self.progress.rounds == first:
-            self.train_round(batches, meter)
+        while progress.passes < end or progress.rounds == progress.first_round:
+            self.train_round(batches, self.meter)
             if self.reporter.due():
-                epoch = min(self.progress.passes, end) / per_epoch
-                self.reporter.show(epoch, meter.peek(self.loader.wait_seconds), done=False)
-        self.progress.epoch += 1
+                epoch = min(progress.passes, end) / per_epoch
+                self.reporter.show(epoch, self.meter.peek(self.loader.wait_seconds), done=False)
+        self.watch.settle()
+        progress.epoch += 1
+        progress.first_round = progress.rounds
         average_batchnorm(self.supernet)
-        values = self.last_values = meter.read(self.loader.wait_seconds)
-        self.reporter.show(self.progress.epoch, values, done=True)
-        self._write("epoch", {**values, "learning_rate": self._learning_rate(), "rounds": self.progress.rounds})
-        self._save()
+        values = self.last_values = self.meter.read(self.loader.wait_seconds)
+        self.meter = None
+        self.reporter.show(progress.epoch, values, done=True)
+        counts = {"rounds": progress.rounds, "skipped": progress.skipped}
+        self._write("epoch", {**values, "learning_rate": self._learning_rate(), **counts})
+        self._save(whole_epoch=True)
 
     def train_round(self, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) -> None:
-        """One round of paths (engine/sampling.py)."""
+        """One round of paths (engine/sampling.py), or what is left of it."""
         paths = self.draw_round(self.space, self.config.seed, self.progress.rounds)
-        images, labels = self._next(batches)
-        for number, arch in enumerate(paths):
-            if number and self.config.sampling.batches == "fresh":
+        first = self.progress.paths
+        for number, arch in enumerate(paths[first:], first):
+            if number == first or self.config.sampling.batches == "fresh":
                 images, labels = self._next(batches)
             logits = self.optimization.forward(images, arch)
             loss = self.criterion(logits.float(), labels)
             self.optimization.backward(loss)
             meter.add(loss, logits, labels)
             if self.config.sampling.update == "path":
-                self.optimization.step(self.supernet.active_parameters(arch), self._learning_rate())
+                self._step([arch])
             self.progress.passes += 1
+            if self.config.sampling.update == "path" and number + 1 < len(paths):
+                self.progress.paths = number + 1
+                self._between_steps()
         if self.config.sampling.update == "round":
-            self.optimization.step(self._parameters_of(paths), self._learning_rate())
+            self._step(paths)
         self.progress.rounds += 1
+        self.progress.paths = 0
+        self._between_steps()
+
+    def _step(self, paths: list[Arch]) -> None:
+        """One optimizer step with the gradients of some paths."""
+        notes = self.watch.notes(self.optimization.finiteness.loss_is_bad())
+        bad = self.optimization.step(self._parameters_of(paths), self._learning_rate(), notes)
+        epoch, step, batches = self.progress.epoch, self.progress.passes, self.progress.batches
+        self.watch.observe(bad, notes, lambda ranks: self._describe(epoch, step, batches, paths, ranks))
+
+    def _between_steps(self) -> None:
+        """Nothing is half done here: stop when told to, and save when it is time."""
+        if self.watch.stop:
+            began = time.perf_counter()
+            self._save(whole_epoch=False)
+            on_main(self.process, self.writer.wait)
+            raise Preempted(
+                f"stopped by {signal_name()} in epoch {self.progress.epoch + 1} after {self.progress.passes} passes; "
+                f"saved in {time.perf_counter() - began:.1f} s; continue with --resume"
+            )
+        if self.watch.save:
+            self._save(whole_epoch=False)
+
+    def _describe(self, epoch: int, step: int, batches: int, paths: list[Arch], ranks: list[int]) -> str:
+        """Where in the training a step was, for whoever looks for its fault."""
+        images = self.loader.names(batches - 1, ranks or [self.process.rank])
+        shown = str(paths[0]) if len(paths) == 1 else f"any of the {len(paths)} of the round"
+        return f"epoch {epoch + 1}, pass {step + 1}, path {shown}, images {images}"
 
     def _parameters_of(self, paths: list[Arch]) -> list[nn.Parameter]:
         return list(dict.fromkeys(p for arch in paths for p in self.supernet.active_parameters(arch)))
@@ -207,10 +273,13 @@ class SupernetTrainer:
             for name, parameter in self.supernet.named_parameters()
             if "momentum_buffer" in self.optimization.optimizer.state.get(parameter, {})
         }
+        finiteness = self.optimization.finiteness.state()
         self._wrap(self.supernet.shrunk(space))
         parameters = {n: p for n, p in self.supernet.named_parameters() if n in momentum}
         for name, buffer in crop_to(dict(parameters), momentum).items():
-            self.optimization.optimizer.state[parameters[name]]["momentum_buffer"] = buffer
+            like = torch.empty_like(parameters[name]).copy_(buffer)  # with the strides that the fused step wants
+            self.optimization.optimizer.state[parameters[name]]["momentum_buffer"] = like
+        self.optimization.finiteness.load(finiteness)
 
     def evaluator(self) -> Evaluator:
         """Scores subnets with the weights of this moment on the search-validation set."""
@@ -247,6 +316,8 @@ class SupernetTrainer:
             "epochs": self.progress.epoch,
             "passes": self.progress.passes,
             "architectures": [str(space.num_architectures) for space in self.run.spaces()],
+            "skipped": self.progress.skipped,
+            "checkpoint_stall_seconds": self.writer.stall_seconds,
             **self.last_values,
             "probes": self.probes,
         }
@@ -257,14 +328,28 @@ class SupernetTrainer:
         if self.log is not None:
             self.log.write(kind, self.progress.epoch, values)
 
-    def _save(self) -> None:
+    def _save(self, *, whole_epoch: bool) -> None:
+        """Write everything that the training needs to continue, beside it."""
+        self.watch.settle()
+        of_ranks = {}
+        if not whole_epoch:  # inside an epoch, ranks have statistics and sums of their own
+            assert self.meter is not None
+            of_ranks["statistics_of_ranks"] = gather_to_main(self.process, self.optimization.statistics.values)
+            of_ranks["meter_of_ranks"] = gather_to_main(self.process, self.meter.state())
         if self.process.is_main:
+            progress = replace(self.progress)
             state = {
-                "supernet": self.supernet.state_dict(),
-                "optimizer": self.optimization.optimizer.state_dict(),
-            }
-            keep = {*self.config.shrink.step_epochs, self.config.shrink.total_epochs}
-            save_checkpoint(self.run.checkpoints, self.space, replace(self.progress), state, keep)
+                "space": self.space.to_json(), "progress": asdict(progress), "supernet": self.supernet.state_dict(),
+                "optimization": self.optimization.state(), **of_ranks, "probes": dict(self.probes),
+                "last_values": dict(self.last_values), "metrics_bytes": self.log.bytes_written() if self.log else 0,
+            }  # fmt: skip
+            at_step = progress.epoch in (*self.config.shrink.step_epochs, self.config.shrink.total_epochs)
+            about = Written(
+                progress=progress, whole_epoch=whole_epoch, kept=whole_epoch and at_step,
+                processes=self.process.world_size, device=device_name(self.process), data=self.data.fingerprint,
+            )  # fmt: skip
+            self.writer.save(about, state)
+        self.watch.saved()
 
 
 def recalibration_set(config: RunConfig, data: Dataset) -> EvaluationSet:

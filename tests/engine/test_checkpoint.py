@@ -10,12 +10,11 @@ import torch
 from engine.checkpoint import (
     FORMAT,
     Progress,
-    checkpoint_file,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from engine.errors import UserError
+from engine.errors import MachineError, UserError
 from engine.presets import digits_space
 from engine.supernet import Supernet
 from tests.engine.tiny import TINY
@@ -27,8 +26,12 @@ def save(directory: Path, epoch: int = 3, keep: set[int] | None = None, **state)
     return save_checkpoint(directory, TINY, replace(PROGRESS, epoch=epoch), state, keep or set())
 
 
+def checkpoint_file(directory: Path, epoch: int) -> Path:
+    return directory / f"epoch-{epoch:04d}-shrunk-1.pt"
+
+
 def epochs(directory: Path) -> list[int]:
-    return sorted(int(file.stem.split("-")[1]) for file in directory.iterdir())
+    return sorted(int(file.stem.split("-")[1]) for file in directory.glob("*.pt"))
 
 
 def test_everything_comes_back(tmp_path):
@@ -58,7 +61,7 @@ def test_old_checkpoints_go_except_those_to_keep(tmp_path):
     assert latest_checkpoint(tmp_path) == checkpoint_file(tmp_path, 7)
     for epoch in (9998, 9999, 10000, 10001):
         save(tmp_path, epoch)
-    assert epochs(tmp_path) == [10000, 10001]  # by number, not by name
+    assert epochs(tmp_path) == [2, 4, 10000, 10001]  # by number, not by name
     assert latest_checkpoint(tmp_path) == checkpoint_file(tmp_path, 10001)
 
 
@@ -74,15 +77,14 @@ def test_a_write_that_is_cut_off_leaves_the_one_before(tmp_path, monkeypatch):
     save(tmp_path, 1, value=torch.ones(3))
     before = checkpoint_file(tmp_path, 1).read_bytes()
 
-    def full_disk(state, handle):
-        handle.write(b"half of it")
+    def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     for epoch in (1, 2):
-        with pytest.raises(UserError, match=r"epoch-000\d.pt cannot be written: .*No space left on device; free space"):
+        with pytest.raises(MachineError, match=r"000\d-shrunk-1.pt cannot be written: No space left on device; fr"):
             save(tmp_path, epoch)
-    assert [file.name for file in tmp_path.iterdir()] == ["epoch-0001.pt"]
+    assert {file.name for file in tmp_path.iterdir()} == {"epoch-0001-shrunk-1.pt", "epoch-0001-shrunk-1.json"}
     assert checkpoint_file(tmp_path, 1).read_bytes() == before
 
 
@@ -154,7 +156,7 @@ def test_another_format_is_refused(tmp_path, content):
 
 def test_another_spaces_checkpoint_is_refused(tmp_path):
     file = save(tmp_path)
-    with pytest.raises(UserError, match="belongs to another search space than the run's; use the run's own files"):
+    with pytest.raises(UserError, match=r"another search space than the run's: .*; use the run's own files"):
         load_checkpoint(file, digits_space())
 
 

@@ -63,6 +63,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
         first.train_epoch()
     if stop_after == 2:
         first.make_shrink_step()  # dies after the step and before the next checkpoint
+    first.writer.wait()
     second = make_trainer(stopped, config, alone)
     assert second.progress.epoch == stop_after
     second.train()
