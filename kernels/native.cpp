@@ -185,11 +185,11 @@ void load_input(const Shape& s, const T* image, int64_t channel, int valid, cons
         }
 }
 
-// kPixels neighbouring sums over a row of the window: taps[j] * row[pixel * S + j], or backwards with j mirrored.
-template <class T, int K, int S>
-inline void add_row(const T* row, const T* taps, int step, Pair<T> (&sums)[kPixels]) {
+// kPixels neighbouring sums over a row of the window: taps[j] * row[pixel * S + j] for j in [from, to), taps `step` apart.
+template <class T, int S>
+inline void add_row(const T* row, const T* taps, int step, int from, int to, Pair<T> (&sums)[kPixels]) {
     constexpr int lanes = Vector<T>::lanes, block = Vector<T>::block;
-    for (int j = 0; j < K; ++j) {
+    for (int j = from; j < to; ++j) {
         const Vec<T> a = load(taps + j * step), b = load(taps + j * step + lanes);
         for (int p = 0; p < kPixels; ++p) {
             const T* x = row + (p * S + j) * block;
@@ -198,6 +198,14 @@ inline void add_row(const T* row, const T* taps, int step, Pair<T> (&sums)[kPixe
         }
     }
 }
+
+// The columns j of a window of K that meet the image's `width` columns for any of kPixels outputs S columns apart, the
+// first of whose windows begins at column `begin`, counted from the image's first. The others see only zeros.
+struct Taps {
+    int from, to;
+    Taps(int64_t begin, int64_t width, int K, int S)
+        : from(int(std::max<int64_t>(0, -begin - (kPixels - 1) * S))), to(int(std::min<int64_t>(K, width - begin))) {}
+};
 
 // x [N, H, W, C], weight [C, K, K] -> y [N, OH, OW, C]; per image the mean and squared deviations of y, if asked for.
 template <class T, int K, int S>
@@ -221,8 +229,12 @@ void depthwise_forward(const Shape& s, const T* x, const T* scale, const T* shif
                 for (int64_t h = 0; h < out_h; ++h)
                     for (int64_t w = 0; w < out_w; w += kPixels) {
                         Pair<T> sums[kPixels] = {};
-                        for (int i = 0; i < K; ++i)
-                            add_row<T, K, S>(plane.at(h * S + i, w * S), taps + i * K * block, block, sums);
+                        const Taps j(w * S - K / 2, s.width, K, S);
+                        for (int i = 0; i < K; ++i) {
+                            const int64_t row = h * S + i - K / 2;
+                            if (row < 0 || row >= s.height) continue;
+                            add_row<T, S>(plane.at(row + K / 2, w * S), taps + i * K * block, block, j.from, j.to, sums);
+                        }
                         if (h == 0 && w == 0) moments.start(sums[0]);
                         const int64_t pixels = std::min<int64_t>(kPixels, out_w - w);
                         for (int64_t p = 0; p < pixels; ++p) {
@@ -260,8 +272,10 @@ void add_weight_gradient(const Shape& s, Plane<T>& input, Plane<T>& gradient, T*
         Pair<T> row_sums[K];
         for (int j = 0; j < K; ++j) row_sums[j] = Pair<T>::read(at + j * block, block);
         for (int64_t h = 0; h < s.out_height(); ++h) {
+            const int64_t row = h * S + i - K / 2;
+            if (row < 0 || row >= s.height) continue;
             const T* dy = gradient.at(h, K / 2);
-            const T* x = input.at(h * S + i, 0);
+            const T* x = input.at(row + K / 2, 0);
             for (int64_t w = 0; w < s.out_width(); ++w, dy += S * block, x += S * block) {
                 const Vec<T> a = load(dy), b = load(dy + lanes);
                 for (int j = 0; j < K; ++j) {
@@ -283,10 +297,11 @@ void input_gradient(const Shape& s, const T* x, int64_t channel, int valid, cons
     for (int64_t h = 0; h < s.height; ++h)
         for (int64_t w = 0; w < s.width; w += kPixels) {
             Pair<T> sums[kPixels] = {};
+            const Taps j(w - K / 2, (s.out_width() - 1) * S + 1, K, 1);
             for (int i = 0; i < K; ++i) {
                 const int64_t row = h + K / 2 - i;
                 if (row < 0 || row % S != 0 || row / S >= s.out_height()) continue;
-                add_row<T, K, 1>(gradient.at(row / S, w), taps + (i * K + K - 1) * block, -block, sums);
+                add_row<T, 1>(gradient.at(row / S, w), taps + (i * K + K - 1) * block, -block, j.from, j.to, sums);
             }
             const int64_t pixels = std::min<int64_t>(kPixels, s.width - w);
             for (int64_t p = 0; p < pixels; ++p) {
