@@ -160,11 +160,10 @@ def _measure_early(
         case.device, lambda: case.evaluator(settings).place(archs, quotas, confidence=CONFIDENCE)
     )
     top1 = [score.top1 for score in scores]
-    ranks = dict(zip(placement.order, range(len(archs), 0, -1), strict=True))
     space = case.supernet.space
     keep = -(-space.max_live // 2)
     exact = shrink(space, importance(space, archs, top1), keep)
-    early = shrink(space, importance(space, archs, [ranks[i] for i in range(len(archs))]), keep)
+    early = shrink(space, importance(space, archs, placement.ranks), keep)
     same = [set(a) == set(b) for a, b in zip(exact.live, early.live, strict=True)]
     return {
         "early_speedup": full_s / seconds,

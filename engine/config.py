@@ -73,8 +73,15 @@ class ShrinkConfig:
     """Subnets drawn at a step for each operation of a block (M)."""
     bn: Literal["running", "recalibrate"] = "running"
     """Batch normalisation of scored subnets: statistics kept in training, or recomputed for each subnet."""
+    confidence: float | None = None
+    """Stop scoring a subnet once its third is certain at this confidence, as 0.999; by default all images are seen."""
 
     def __post_init__(self) -> None:
+        if self.confidence is not None and not (0.5 < self.confidence < 1 and self.bn == "running"):
+            raise UserError(
+                f"shrink confidence {self.confidence} with bn {self.bn}: give a number between 0.5 and 1, as 0.999, "
+                "with --shrink.bn running; or none to score every subnet on all images"
+            )
         if self.first_epochs < 1 or self.interval_epochs < 1 or self.models_per_operation < 1:
             raise UserError(
                 f"first epochs {self.first_epochs}, interval epochs {self.interval_epochs}, models per operation "

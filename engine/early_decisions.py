@@ -55,6 +55,8 @@ class Placement:
     order: list[int]
     """All positions from the best to the worst: decided places first, then by top-1 on the images seen."""
     images_seen: list[int]
+    top1: list[float]
+    """On the images seen."""
     images_saved: float
     """Share of all model-images that were not needed."""
 
@@ -62,6 +64,14 @@ class Placement:
         """How many places differ from those that a full evaluation gives."""
         full = places_of(sorted(range(len(top1)), key=lambda i: -top1[i]), quotas)
         return sum(mine != theirs for mine, theirs in zip(self.places, full, strict=True))
+
+    @property
+    def ranks(self) -> list[int]:
+        """Per architecture a number that is larger the better it is placed: for whoever sorts by top-1."""
+        ranks = [0] * len(self.order)
+        for rank, i in enumerate(reversed(self.order)):
+            ranks[i] = rank
+        return ranks
 
 
 def places_of(order: Sequence[int], quotas: Quotas) -> list[Place]:
@@ -168,9 +178,11 @@ def place_early(
             break
     position = {arch: i for i, arch in enumerate(distinct)}
     members = [position[arch] for arch in archs]
-    order = _order(members, quotas, comparisons.right / comparisons.seen, decided)
+    top1 = comparisons.right / comparisons.seen
+    order = _order(members, quotas, top1, decided)
     seen = [int(comparisons.seen[i]) for i in members]
-    return Placement(places_of(order, quotas), order, seen, images_saved=1 - sum(seen) / (len(archs) * images))
+    saved = 1 - sum(seen) / (len(archs) * images)
+    return Placement(places_of(order, quotas), order, seen, [float(top1[i]) for i in members], saved)
 
 
 def _order(members: Sequence[int], quotas: Quotas, top1: np.ndarray, decided: Mapping[int, Place]) -> list[int]:

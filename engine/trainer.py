@@ -25,6 +25,7 @@ from engine.rundir import RunDir, write_json
 from engine.sampling import fair_archs, fair_round, uniform_arch, uniform_round
 from engine.shrink import importance, importance_to_json, shrink
 from engine.space import Arch, Space
+from engine.step_scores import score_thirds
 from engine.supernet import Supernet, crop_to
 from engine.watch import Watch
 
@@ -242,25 +243,26 @@ class SupernetTrainer:
             before, self.config.seed + step + 1, before.max_live * self.config.shrink.models_per_operation
         )
         self.reporter.say(f"shrink step {step + 1}: scoring {len(archs)} subnets to keep {keep} operations per block")
-        top1 = [score.top1 for score in self.evaluator().evaluate(archs)]
-        ratios = importance(before, archs, top1)
+        scores = score_thirds(self.evaluator(), archs, self.config.shrink.confidence)
+        ratios = importance(before, archs, scores.ranks)
         after = shrink(before, ratios, keep)
         if self.log is not None:
-            self.log.distribution("shrink/top1", top1, self.progress.epoch)
+            self.log.distribution("shrink/top1", scores.top1, self.progress.epoch)
             self.log.distribution("shrink/R", [r for block in ratios for r in block.values()], self.progress.epoch)
         if self.process.is_main:
             write_json(
                 self.run.shrink_file(step + 1),
                 {
                     "keep": keep,
-                    "models": [{"arch": str(arch), "top1": value} for arch, value in zip(archs, top1, strict=True)],
+                    "models": scores.to_json(archs),
                     "importance": importance_to_json(ratios),
                 },
             )
             write_json(self.run.space_file(step + 1), after.to_json())
         self._shrink_to(after)
         self.progress.shrink_steps += 1
-        self._write("shrink", {"step": step + 1, "architectures": float(after.num_architectures)})
+        counts = {"models": len(archs), "images_saved": scores.images_saved}
+        self._write("shrink", {"step": step + 1, "architectures": float(after.num_architectures), **counts})
         self.reporter.say(
             f"shrink step {step + 1}: {before.num_architectures:.3g} -> {after.num_architectures:.3g} architectures"
         )

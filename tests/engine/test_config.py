@@ -108,6 +108,8 @@ def test_optimizers_that_cannot_be(changes, message):
         ({"keep": (9, 9)}, r"keep \(9, 9\): give falling numbers of at least 1, as 9 5 3"),
         ({"keep": (3, 0)}, r"keep \(3, 0\): give falling numbers"),
         ({"keep": (3, 5)}, r"keep \(3, 5\): give falling numbers"),
+        ({"confidence": 1.5}, "shrink confidence 1.5 with bn running: give a number between 0.5 and 1"),
+        ({"confidence": 0.999, "bn": "recalibrate"}, "shrink confidence 0.999 with bn recalibrate: .* --shrink.bn"),
     ],
 )
 def test_shrinking_that_cannot_be(changes, message):

@@ -1,0 +1,59 @@
+"""A shrink step that decides early keeps what one that scores every subnet on all images keeps."""
+
+import pytest
+
+from engine.errors import UserError
+from engine.evaluate import Evaluator
+from engine.sampling import fair_archs
+from engine.shrink import importance, shrink
+from engine.step_scores import score_thirds
+from tests.engine.evaluation_cases import (
+    ArrayImages,
+    loop_logits,
+    random_images,
+    small_space,
+    trained_like_supernet,
+)
+
+SUPERNET = trained_like_supernet(small_space())
+ARCHS = fair_archs(small_space(), seed=1, count=24)
+IMAGES = 1280
+
+
+def labelled_images() -> ArrayImages:
+    """Labels are the answers of one subnet, so that the others differ in how often they agree."""
+    data = random_images(IMAGES)
+    data.labels = loop_logits(SUPERNET, data, ARCHS[:1])[0].argmax(1).numpy()
+    return data
+
+
+DATA = labelled_images()
+
+
+def evaluator(**options) -> Evaluator:
+    return Evaluator(SUPERNET, DATA, progress=False, **options)
+
+
+def test_without_a_confidence_every_subnet_sees_every_image_and_ties_are_left_to_the_order():
+    scores = score_thirds(evaluator(), ARCHS, None)
+    assert scores.top1 == [score.top1 for score in evaluator().evaluate(ARCHS)]
+    assert scores.ranks == scores.top1
+    assert scores.images == [IMAGES] * len(ARCHS)
+    assert scores.images_saved == 0
+
+
+def test_early_thirds_lead_to_the_same_space_from_fewer_images():
+    full, early = (score_thirds(evaluator(), ARCHS, confidence) for confidence in (None, 0.999))
+    kept = [shrink(small_space(), importance(small_space(), ARCHS, scores.ranks), 2) for scores in (full, early)]
+    assert kept[0] == kept[1]
+    assert 0 < early.images_saved < 1
+    assert early.images_saved == pytest.approx(1 - sum(early.images) / (len(ARCHS) * IMAGES))
+    rows = early.to_json(ARCHS)
+    assert [row["arch"] for row in rows] == [str(arch) for arch in ARCHS]
+    assert min(row["images"] for row in rows) < IMAGES
+
+
+def test_early_thirds_need_running_statistics():
+    recalibrating = evaluator(bn="recalibrate", recalibration=random_images(16))
+    with pytest.raises(UserError, match="early decisions need bn running"):
+        score_thirds(recalibrating, ARCHS, 0.999)
