@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from engine.checkpoint import latest_checkpoint, load_checkpoint
+from engine.checkpoint import Progress, Written, latest_checkpoint, load_checkpoint
 from engine.config import RunConfig
 from engine.data import Dataset, open_dataset
 from engine.distributed import Process, on_main
@@ -31,11 +31,14 @@ class TrainedRun:
     """On the process's device, in evaluation mode."""
 
     @classmethod
-    def open(cls, path: Path | str, process: Process) -> "TrainedRun":
-        """Raises `UserError` when there is no run, or no checkpoint in it, or its data is not there."""
+    def open(cls, path: Path | str, process: Process, step: int | None = None) -> "TrainedRun":
+        """The newest weights, or those that shrink step `step` (1, 2, ...) scored.
+
+        Raises `UserError` when there is no run, or no such checkpoint in it, or its data is not there.
+        """
         run = RunDir.open(path)
         config = run.config()
-        checkpoint = latest_checkpoint(run.checkpoints)
+        checkpoint = latest_checkpoint(run.checkpoints) if step is None else _scored_at(run, config, step)
         if checkpoint is None:
             raise UserError(f"{run.path} holds no checkpoint yet; train it first with engine/train.py --run {path}")
         space, _, state = load_checkpoint(checkpoint, config.space)
@@ -70,3 +73,15 @@ class TrainedRun:
             store=self.run.evaluations,
             progress=self.process.is_main,
         )
+
+
+def _scored_at(run: RunDir, config: RunConfig, step: int) -> Path:
+    """The checkpoint whose weights a shrink step scored."""
+    epochs = config.shrink.step_epochs
+    if not 1 <= step <= len(epochs):
+        raise UserError(f"shrink step {step} of {run.path}; its configuration has steps 1 to {len(epochs)}")
+    about = Written(progress=Progress(epoch=epochs[step - 1], shrink_steps=step - 1))
+    file = run.checkpoints / f"{about.name}.pt"
+    if not file.is_file():
+        raise UserError(f"{file} is not there; the run has not come to shrink step {step} yet, or it was removed")
+    return file

@@ -1,12 +1,17 @@
 """A shrink step that decides early keeps what one that scores every subnet on all images keeps."""
 
+import json
+
 import pytest
 
+from benchmarks.early_decisions import repeat_step
 from engine.errors import UserError
 from engine.evaluate import Evaluator
+from engine.rundir import RunDir
 from engine.sampling import fair_archs
 from engine.shrink import importance, shrink
 from engine.step_scores import score_thirds
+from engine.trained_run import TrainedRun
 from tests.engine.evaluation_cases import (
     ArrayImages,
     loop_logits,
@@ -14,6 +19,8 @@ from tests.engine.evaluation_cases import (
     small_space,
     trained_like_supernet,
 )
+from tests.engine.training_cases import make_trainer, tiny_config
+from tests.search.runs import untrained_run
 
 SUPERNET = trained_like_supernet(small_space())
 ARCHS = fair_archs(small_space(), seed=1, count=24)
@@ -57,3 +64,22 @@ def test_early_thirds_need_running_statistics():
     recalibrating = evaluator(bn="recalibrate", recalibration=random_images(16))
     with pytest.raises(UserError, match="early decisions need bn running"):
         score_thirds(recalibrating, ARCHS, 0.999)
+
+
+def test_the_steps_of_a_run_are_repeated_from_the_weights_that_they_scored(alone, tmp_path):
+    config = tiny_config(tmp_path / "cache")
+    run = RunDir.create(tmp_path / "run", config)
+    make_trainer(run, config, alone).train()
+    step = repeat_step(run.path, 0.999, alone, 1)
+    models = json.loads(run.shrink_file(1).read_text())["models"]
+    assert (step["models"], step["images"]) == (len(models), models[0]["images"])
+    assert step["blocks_kept_alike"] == step["blocks"] == config.space.num_blocks
+    assert step["thirds_differing"] == 0
+    assert step["top1"] == [model["top1"] for model in models], "the weights are those of the step"
+    with pytest.raises(UserError, match=r"shrink step 2 of .*; its configuration has steps 1 to 1"):
+        TrainedRun.open(run.path, alone, 2)
+
+
+def test_a_step_that_is_not_made_cannot_be_repeated(alone, tmp_path):
+    with pytest.raises(UserError, match="has not come to shrink step 1 yet"):
+        TrainedRun.open(untrained_run(tmp_path / "run").path, alone, 1)
