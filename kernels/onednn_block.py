@@ -1,7 +1,7 @@
 """The inverted residual block for training on a CPU.
 
-Pointwise convolutions are oneDNN's or matrix products, whichever is faster for the widths. Depthwise convolutions and
-batch normalisation are native.cpp's: oneDNN's gradient of depthwise weights takes half of a training step on AVX2.
+Pointwise convolutions are oneDNN's matrix products. Depthwise convolutions and batch normalisation are native.cpp's:
+oneDNN's gradient of depthwise weights takes half of a training step on AVX2.
 Only the raw convolution outputs y1, y2, y3 are kept; backward recomputes norms, ReLU6 and masks from them. The plain
 reference is `kernels.reference.inverted_residual`.
 """
@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kernels import native, reference
 from kernels.block import BlockShape, BlockWeights
@@ -82,28 +81,33 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _product_is_faster(weight: Tensor) -> bool:
-    return min(weight.shape) >= 64
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] times b [N, K] transposed; each dense, or the transpose of a dense tensor.
+
+    oneDNN's product in float32: 100 to 120 G multiply-adds a second on one AVX-512 core of an EPYC (Zen 5) where
+    torch.mm, which is MKL's, reaches 50, and 60 against 53 with AVX2 (torch 2.14, 2026-11-25).
+    """
+    if a.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return torch.mm(a, b.t())
 
 
 def pointwise(x: Tensor, weight: Tensor) -> Tensor:
-    """1x1 convolution of x [N, in, H, W], channels_last, with weight [out, in]."""
-    if not _product_is_faster(weight):
-        return _nhwc(F.conv2d(x, weight[:, :, None, None]))
+    """1x1 convolution of x [N, in, H, W], channels_last, with weight [out, in], dense."""
     images, _, height, width = x.shape
-    return torch.mm(_matrix(x), weight.t()).view(images, height, width, -1).permute(0, 3, 1, 2)
+    return _product(_matrix(x), weight).view(images, height, width, -1).permute(0, 3, 1, 2)
 
 
 def pointwise_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """-> the gradients of x and of weight."""
-    if not _product_is_faster(weight):
-        dx, d_weight, _ = torch.ops.aten.convolution_backward(
-            dy, x, weight[:, :, None, None], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
-        )
-        return _nhwc(dx), d_weight[:, :, 0, 0]
     images, channels, height, width = x.shape
-    dx = torch.mm(_matrix(dy), weight).view(images, height, width, channels).permute(0, 3, 1, 2)
-    return dx, torch.mm(_matrix(dy).t(), _matrix(x))
+    rows, row_gradients = _matrix(x), _matrix(dy)
+    dx = _product(row_gradients, weight.t()).view(images, height, width, channels).permute(0, 3, 1, 2)
+    if min(weight.shape) < 32:  # oneDNN splits no sum, so few sums over many rows are MKL's: 30 against 14 G a second
+        return dx, torch.mm(row_gradients.t(), rows)
+    if weight.shape[0] < weight.shape[1]:  # rows of the result are the shorter side: 67 against 23 G a second
+        return dx, _product(row_gradients.t(), rows.t())
+    return dx, _product(rows.t(), row_gradients.t()).t()
 
 
 # ---- the block
@@ -172,9 +176,9 @@ def inverted_residual(
     taken = tuple(None if bn is None else Norm.of(bn, training) for bn in norms)
     return InvertedResidual.apply(  # type: ignore[no-any-return]
         _nhwc(x),
-        None if weights.expand is None else weights.expand[: shape.hidden, : shape.in_channels],
+        None if weights.expand is None else weights.expand[: shape.hidden, : shape.in_channels].contiguous(),
         reference.centre_crop(weights.depthwise, shape.hidden, shape.kernel).contiguous(),
-        weights.project[: shape.out_channels, : shape.hidden],
+        weights.project[: shape.out_channels, : shape.hidden].contiguous(),
         taken, shape, training,
         *(tensor for norm in taken for tensor in ((None, None) if norm is None else (norm.weight, norm.bias))),
     )  # fmt: skip
@@ -218,4 +222,4 @@ def pointwise_bn_relu6(x: Tensor, weight: Tensor, bn: nn.BatchNorm2d, *, in_chan
     check_rows(training, x.shape[0] * _pixels(x))
     norm = Norm.of(bn, training)
     x = _nhwc(x)
-    return PointwiseBnRelu6.apply(x, weight[:, :in_channels], norm, training, norm.weight, norm.bias)  # type: ignore[no-any-return]
+    return PointwiseBnRelu6.apply(x, weight[:, :in_channels].contiguous(), norm, training, norm.weight, norm.bias)  # type: ignore[no-any-return]
