@@ -361,10 +361,6 @@ def folded_block(
     project = random(shape.out_channels, shape.hidden, scale=shape.hidden**-0.5)
     biases = [random(c) for c in (shape.hidden, shape.hidden, shape.out_channels)]
     if backend is None and device == "cpu":
-        expand, project = (
-            inference.packed_pointwise(expand, size),
-            inference.packed_pointwise(project, size // shape.stride),
-        )
         depthwise = inference.packed_depthwise(depthwise, size, shape.stride)
 
     def run() -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from engine.prefix_tree import PrefixTree, Step
 from engine.supernet import Supernet
 from kernels import BlockShape, BlockWeights
-from kernels.inference import fold_norm, folded_depthwise, folded_pointwise, packed_depthwise, packed_pointwise
+from kernels.inference import fold_norm, folded_depthwise, folded_pointwise, packed_depthwise
 
 
 class FoldedConv(NamedTuple):
@@ -69,11 +69,10 @@ def fold_block(
     """The block of sliced weights, packed for inputs of `size` x `size` pixels; norms as many as weights."""
     given = [weight for weight in weights if weight is not None]
     *expand, depthwise, project = (fold(weight, norm, dtype) for weight, norm in zip(given, norms, strict=True))
-    out_size = -(-size // shape.stride)
     return FoldedBlock(
-        expand[0]._replace(weight=packed_pointwise(expand[0].weight, size)) if expand else None,
+        expand[0] if expand else None,
         depthwise._replace(weight=packed_depthwise(depthwise.weight, size, shape.stride)),
-        project._replace(weight=packed_pointwise(project.weight, out_size)),
+        project,
         shape.stride,
         shape.residual,
     )
@@ -136,8 +135,7 @@ class FoldedLayers:
                     self._blocks[i, step] = fold_block(weights, norms, shape, level.in_size, self.dtype)
         for width in tree.final_widths() - self._tails.keys():
             norm = fold_norm(self.supernet.tail_norm(width))
-            conv = fold(self.supernet.tail_weight[:, :width], norm, self.dtype)
-            self._tails[width] = conv._replace(weight=packed_pointwise(conv.weight, tree.levels[-1].out_size))
+            self._tails[width] = fold(self.supernet.tail_weight[:, :width], norm, self.dtype)
 
     def block(self, level: int, step: Step, nodes: range, x: Tensor) -> Tensor:
         """One step for a batch of nodes: x [nodes * n, in, H, W] -> [nodes * n, out, H', W']."""

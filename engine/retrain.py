@@ -24,6 +24,7 @@ from engine.distributed import Process, on_main, start_process
 from engine.errors import UserError, run
 from engine.evaluation_set import evaluation_set
 from engine.journal import recorded
+from engine.kernel_choice import force_kernels
 from engine.network_file import load_network, save_network
 from engine.rundir import RunDir, read_json, write_json
 from engine.space import Arch
@@ -51,6 +52,8 @@ class RetrainArguments:
     safety: SafetyConfig = SafetyConfig()  # noqa: RUF009 - frozen
     deepspeed_config: Path | None = None
     """DeepSpeed JSON that is merged over the generated configuration."""
+    kernels: str | None = None
+    """Kernel backend to force: reference, triton or onednn."""
     json: Path | None = None
     """File for the figures of this training."""
 
@@ -59,6 +62,7 @@ def main() -> None:
     arguments = parse(RetrainArguments, __doc__, sys.argv[1:])
     overrides = load_deepspeed_overrides(arguments.deepspeed_config)
     process = start_process(arguments.safety.timeout_minutes)
+    force_kernels(arguments.kernels, process.device)
     run_dir = RunDir.open(arguments.run)
     with run_dir.lock() if process.is_main else nullcontext(), recorded(run_dir, "retrain", device=process.device):
         figures = retrain(run_dir, arguments, process, overrides)

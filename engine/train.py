@@ -13,19 +13,18 @@ from typing import Annotated
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 import tyro
 
 from engine.cli import load_deepspeed_overrides, option, parse, write_figures
 from engine.config import RunConfig, SafetyConfig
 from engine.data import open_dataset
-from engine.distributed import Process, on_main, start_process
-from engine.errors import UserError, run
+from engine.distributed import on_main, start_process
+from engine.errors import run
 from engine.journal import recorded
+from engine.kernel_choice import force_kernels
 from engine.presets import preset
 from engine.rundir import RunDir
 from engine.trainer import SupernetTrainer
-from kernels import choose_backend, set_backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ def main() -> None:
     overrides = load_deepspeed_overrides(arguments.deepspeed_config)
     path = arguments.run or Path("runs") / arguments.config.preset
     process = start_process(arguments.safety.timeout_minutes)
-    _force_kernels(arguments.kernels, process)
+    force_kernels(arguments.kernels, process.device)
     run_dir, config = on_main(process, lambda: _open_run(path, arguments))
     with run_dir.lock() if process.is_main else nullcontext(), recorded(run_dir, "train", device=process.device):
         data = on_main(process, lambda: open_dataset(config.data, run_dir.split_file))
@@ -60,15 +59,6 @@ def main() -> None:
         if process.is_main:
             write_figures(arguments.json, trainer.figures())
             print(f"supernet trained; everything is in {run_dir.path}")
-
-
-def _force_kernels(name: str | None, process: Process) -> None:
-    """Raise `UserError` when the backend is unknown or cannot run on the device."""
-    try:
-        set_backend(name)
-        choose_backend(torch.empty(1, device=process.device))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error)) from None
 
 
 def _open_run(path: Path, arguments: TrainArguments) -> tuple[RunDir, RunConfig]:

@@ -31,24 +31,40 @@ def _known(name: str) -> str:
     return name
 
 
+def forced_backend() -> str | None:
+    """What `set_backend` forces, else BSNAS_KERNELS, else None. Raises ValueError for an unknown name."""
+    name = _forced or os.environ.get("BSNAS_KERNELS") or None
+    return None if name is None else _known(name)
+
+
 def why_not(name: str, x: Tensor) -> str | None:
-    """Why the backend cannot run on x, or None when it can."""
-    kind = x.device.type
+    """Why the backend cannot train on x, or None when it can."""
     if name == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed"
-        if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"it needs an NVIDIA GPU (or TRITON_INTERPRET=1) and the tensor is on {kind}"
-        if kind == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-            return "it needs compute capability 8.0 or newer"
-        if reference.compute_dtype(x) not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"it computes in float32, bfloat16 or float16, not in {reference.compute_dtype(x)}"
+        return why_not_triton(x, reference.compute_dtype(x))
     if name == "onednn":
-        if kind != "cpu":
-            return f"it runs on the CPU and the tensor is on {kind}"
+        if x.device.type != "cpu":
+            return f"it runs on the CPU and the tensor is on {x.device.type}"
         if reference.compute_dtype(x) != x.dtype or x.dtype not in (torch.float32, torch.float64):
             return f"it trains in float32 or float64, not in {reference.compute_dtype(x)}"
+        if not torch.backends.mkldnn.is_available():
+            return "this torch has no oneDNN"
         return native.why_not()
+    return None
+
+
+def why_not_triton(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels cannot run on x, computing in dtype, or None when they can."""
+    kind = x.device.type
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs an NVIDIA GPU (or TRITON_INTERPRET=1) and the tensor is on {kind}"
+    if kind == "cuda" and torch.version.hip is not None:
+        return "it needs an NVIDIA GPU"
+    if kind == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it computes in float32, bfloat16 or float16, not in {dtype}"
     return None
 
 
@@ -57,7 +73,7 @@ def choose_backend(x: Tensor, backend: str | None = None) -> str:
 
     Raises RuntimeError when a forced backend cannot run, and says why.
     """
-    forced = backend or _forced or os.environ.get("BSNAS_KERNELS") or None
+    forced = backend or forced_backend()
     if forced is None:
         fastest = "triton" if x.device.type == "cuda" else "onednn"
         return fastest if why_not(fastest, x) is None else "reference"

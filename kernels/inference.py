@@ -6,8 +6,9 @@ Two families, equal in meaning on every backend:
 - `segmented_*` take raw weights and a scale and shift *per segment*: the batch [M, ...] consists of S equal segments,
   each from another network that uses the same weights with its own batch normalisation. `folded_*` is the case S = 1.
 
-Backends: `reference` (plain torch, any device) is the specification; `onednn` (CPU) runs the convolution with its
-pointwise tail as one primitive; `triton` (GPU) comes from `kernels.triton_inference`. Activations are [N, C, H, W] in
+Backends: `reference` (plain torch, any device) is the specification; `onednn` (CPU) and `triton` (NVIDIA GPU) run the
+convolution with its tail as one kernel. They are chosen as in training (`kernels.dispatch`), by what `set_backend` or
+BSNAS_KERNELS forces, else by device. Activations are [N, C, H, W] in
 channels_last; convolutions keep the size at stride 1 ("same" padding, odd kernels).
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.dispatch import forced_backend, why_not_triton
 from kernels.onednn_inference import OneDNN
 
 
@@ -51,17 +53,14 @@ def folded_depthwise(
     return _backend(backend, x).folded_depthwise(x, weight, bias, stride=stride, relu6=relu6)
 
 
-def packed_pointwise(weight: Tensor, size: int) -> Tensor:
-    """A weight [out, in] of `folded_pointwise` in the layout that runs fastest where the weight is.
-
-    `size` is the height and width of the inputs to come. The result is only good for `folded_pointwise`.
-    """
-    return OneDNN.packed_pointwise(weight, size) if _onednn_runs(weight) else weight
-
-
 def packed_depthwise(weight: Tensor, size: int, stride: int) -> Tensor:
-    """A weight [C, 1, k, k] of `folded_depthwise` in the layout that runs fastest where the weight is."""
-    return OneDNN.packed_depthwise(weight, size, stride) if _onednn_runs(weight) else weight
+    """A weight [C, 1, k, k] of `folded_depthwise` in the layout that runs fastest where the weight is.
+
+    `size` is the height and width of the inputs to come. The result is only good for `folded_depthwise`, on the
+    backend that is in force now.
+    """
+    backend = _backend(None, weight)
+    return weight if backend is Reference else backend.packed_depthwise(weight, size, stride)
 
 
 def segmented_pointwise(
@@ -143,23 +142,36 @@ class Reference:
 
 
 def _backend(name: str | None, x: Tensor) -> Any:
-    """The backend of that name, or the fastest one for the tensor's device. `RuntimeError` when it cannot run."""
-    if name is None:
-        name = "onednn" if _onednn_runs(x) else "reference"
+    """The backend of that name, or the forced one, or the fastest for the tensor. `RuntimeError` when it cannot run."""
+    name = name or forced_backend() or _fastest(x)
+    reason = why_not(name, x)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run: {reason}; use 'reference', or force none")
+    if name == "triton":
+        from kernels.triton_inference import Triton
+
+        return Triton
+    return OneDNN if name == "onednn" else Reference
+
+
+def why_not(name: str, x: Tensor) -> str | None:
+    """Why the backend cannot convolve x, or None when it can."""
     if name == "reference":
-        return Reference
-    if name == "onednn" and _onednn_runs(x):
-        return OneDNN
-    if name == "onednn":
-        raise RuntimeError(
-            "backend onednn runs on CPU tensors in float32, or in bfloat16 where the processor has it; "
-            f"this one is {x.dtype} on {x.device}; use reference, or force none"
-        )
-    raise RuntimeError(f"inference backend {name!r} is unknown; allowed are reference, onednn")
-
-
-def _onednn_runs(x: Tensor) -> bool:
-    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
+        return None
+    if name == "triton":
+        return why_not_triton(x, x.dtype)
+    if name != "onednn":
+        return "it is unknown; allowed are reference, onednn, triton"
+    if x.device.type != "cpu":
+        return f"it runs on the CPU and the tensor is on {x.device.type}"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN"
     # In bfloat16 oneDNN convolves with AVX-512 or AVX-NE-CONVERT only.
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return None
+    return f"it computes in float32, or in bfloat16 where the processor has it, not in {x.dtype}"
+
+
+def _fastest(x: Tensor) -> str:
+    fastest = "triton" if x.device.type == "cuda" else "onednn"
+    return fastest if why_not(fastest, x) is None else "reference"

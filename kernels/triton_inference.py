@@ -4,6 +4,8 @@ Scale and shift of a segment (a network's own batch normalisation; one segment w
 ReLU6 and shortcut happen in the convolution's epilogue, so every tensor is written once and read once.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -83,12 +85,17 @@ def _pointwise(
     return y
 
 
+def _taps(weight: Tensor) -> Tensor:
+    """[C, 1, k, k] -> [k * k, C] float32, as the kernel reads them."""
+    return weight.reshape(weight.shape[0], -1).t().contiguous().float()
+
+
 def _depthwise(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor, stride: int, relu6: bool) -> Tensor:
-    """x [S * n, C, H, W], weight [C, 1, k, k]; scale (or None for 1), shift [S, C] float32."""
+    """x [S * n, C, H, W], weight [C, 1, k, k] or its taps; scale (or None for 1), shift [S, C] float32."""
     x = x.contiguous(memory_format=torch.channels_last)
     images, channels, height, width = x.shape
-    kernel = weight.shape[-1]
-    taps = weight.reshape(channels, -1).t().contiguous().float()
+    taps = weight if weight.dim() == 2 else _taps(weight)
+    kernel = math.isqrt(taps.shape[0])
     out = (images, output_size(height, stride), output_size(width, stride), channels)
     y = torch.empty(out, dtype=x.dtype, device=x.device)
     depthwise_forward(
@@ -99,6 +106,10 @@ def _depthwise(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor, s
 
 class Triton:
     """The backend `triton` of kernels/inference.py; float32, bfloat16 or float16, channels_last."""
+
+    @staticmethod
+    def packed_depthwise(weight: Tensor, size: int, stride: int) -> Tensor:
+        return _taps(weight)
 
     @staticmethod
     def folded_pointwise(

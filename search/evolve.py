@@ -71,6 +71,8 @@ class EvolveArguments:
     """Seed of everything random in the search."""
     bn: Literal["running", "recalibrate"] | None = None
     """Statistics of scored subnets; by default as in the run's shrink steps."""
+    kernels: str | None = None
+    """Kernel backend to force: reference, triton or onednn."""
     json: Path | None = None
     """File for the figures of this search."""
 
@@ -136,11 +138,13 @@ def main() -> None:
     # Torch and DeepSpeed take seconds to load: only for what can be searched.
     from engine.distributed import start_process
     from engine.journal import recorded
+    from engine.kernel_choice import force_kernels
     from engine.trained_run import TrainedRun
     from search.finalists import LatencyTable
     from search.searching import search
 
     process = start_process()
+    force_kernels(arguments.kernels, process.device)
     trained = TrainedRun.open(arguments.run, process)
     space = trained.supernet.space
     table = LatencyTable.of(*found, space, foreign=arguments.foreign_table) if found else None

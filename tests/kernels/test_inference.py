@@ -1,16 +1,18 @@
 """Folded and segmented convolutions equal convolution, batch normalisation and activation one after another."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kernels import set_backend
 from kernels.inference import (
     fold_norm,
     folded_depthwise,
     folded_pointwise,
     packed_depthwise,
-    packed_pointwise,
     scale_and_shift,
     segment_affine_,
     segment_statistics,
@@ -40,25 +42,23 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("tail", ["none", "relu6", "residual"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", POINTWISE)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_pointwise(backend, shape, dtype, tail, packed):
+def test_pointwise(backend, shape, dtype, tail, sliced):
     skip_unless_it_runs(backend, dtype)
-    if packed and backend == "reference":
-        pytest.skip("packed weights are for the backend that runs fastest")
     n, cin, cout, size = shape
-    x, weight, bias = images(n, cin, size, dtype), torch.randn(cout, cin).to(dtype), torch.randn(cout).to(dtype)
+    x, bias = images(n, cin, size, dtype), torch.randn(cout).to(dtype)
+    weight = torch.randn(cout + 3, cin + 5).to(dtype)[:cout, :cin] if sliced else torch.randn(cout, cin).to(dtype)
     residual = images(n, cout, size, dtype) if tail == "residual" else None
     expected = F.conv2d(x.double(), weight.double()[:, :, None, None], bias.double())
     if residual is not None:
         expected = expected + residual.double()
     if tail == "relu6":
         expected = expected.clamp(0, 6)
-    given = packed_pointwise(weight, size) if packed else weight
-    y = folded_pointwise(x, given, bias, relu6=tail == "relu6", residual=residual, backend=backend)
+    y = folded_pointwise(x, weight, bias, relu6=tail == "relu6", residual=residual, backend=backend)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y.double(), expected, atol=TOLERANCE[dtype] * cin**0.5, rtol=TOLERANCE[dtype])
@@ -129,7 +129,31 @@ def test_segment_statistics_and_affine_are_the_norm_in_train_mode():
 
 def test_a_backend_that_cannot_run_says_why():
     x, weight, bias = images(1, 8, 2), torch.randn(8, 8), torch.randn(8)
-    with pytest.raises(RuntimeError, match="'winograd' is unknown; allowed are"):
+    with pytest.raises(
+        RuntimeError, match="'winograd' cannot run: it is unknown; allowed are reference, onednn, triton"
+    ):
         folded_pointwise(x, weight, bias, relu6=False, backend="winograd")
-    with pytest.raises(RuntimeError, match="onednn runs on CPU tensors"):
+    with pytest.raises(RuntimeError, match="'onednn' cannot run: it runs on the CPU and the tensor is on meta"):
         folded_pointwise(x.to("meta"), weight, bias, relu6=False, backend="onednn")
+    with pytest.raises(RuntimeError, match="not in torch.float64"):
+        folded_pointwise(x.double(), weight.double(), bias.double(), relu6=False, backend="onednn")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        with pytest.raises(RuntimeError, match="'triton' cannot run: it needs an NVIDIA GPU"):
+            folded_pointwise(x, weight, bias, relu6=False, backend="triton")
+
+
+def test_a_forced_backend_also_scores(monkeypatch):
+    """`set_backend` and BSNAS_KERNELS rule evaluation as they rule training."""
+    x, weight, bias = images(1, 8, 2), torch.randn(8, 1, 3, 3), torch.randn(8)
+    monkeypatch.setenv("BSNAS_KERNELS", "reference")
+    given = packed_depthwise(weight, 2, 1)
+    assert given is weight
+    folded = folded_depthwise(x, given, bias, stride=1, relu6=True)
+    assert torch.equal(folded, folded_depthwise(x, weight, bias, stride=1, relu6=True, backend="reference"))
+    set_backend("triton")
+    try:
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            with pytest.raises(RuntimeError, match="'triton' cannot run"):
+                folded_depthwise(x, weight, bias, stride=1, relu6=True)
+    finally:
+        set_backend(None)
