@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kernels import graphs
 from kernels.block import BlockShape, BlockWeights
 from kernels.reference import compute_dtype
 from kernels.triton_batch_norm import (
@@ -210,21 +211,49 @@ class InvertedResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, expand, depthwise, project, running, momenta, eps, dims, training, *affine):  # type: ignore[no-untyped-def]
+        ctx.static = (len(eps), dims, training)
+        ctx.graphs = None
+        if graphs.enabled(x) and training and any(ctx.needs_input_grad):
+            ctx.graphs = _graphs_of(x, (expand, depthwise, project), list(affine), running, momenta, eps, dims)
+        if ctx.graphs is not None:
+            ctx.pending = graphs.Pending()
+            return ctx.graphs.forward(x, ctx.pending)
         run = _forward_op if torch.compiler.is_compiling() else block_forward
         z, *saved = run(x, expand, depthwise, project, list(affine), running, momenta, eps, dims, training)
         ctx.save_for_backward(x, expand, depthwise, project, *saved)
-        ctx.static = (len(eps), dims, training)
         return z
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
-        x, expand, depthwise, project, *saved = ctx.saved_tensors
-        run = _backward_op if torch.compiler.is_compiling() else block_backward
         grad = grad.contiguous(memory_format=torch.channels_last)
-        dx, *rest = run(grad, x, expand, depthwise, project, saved, *ctx.static)
-        d_expand = None if expand is None else rest.pop(0)
+        if ctx.graphs is not None:
+            dx, *rest = ctx.graphs.backward(grad)
+        else:
+            x, expand, depthwise, project, *saved = ctx.saved_tensors
+            run = _backward_op if torch.compiler.is_compiling() else block_backward
+            dx, *rest = run(grad, x, expand, depthwise, project, saved, *ctx.static)
+        d_expand = rest.pop(0) if len(rest) % 2 else None  # two of each norm, then two or three weights
         d_depthwise, d_project, *d_affine = rest
         return dx, d_expand, d_depthwise, d_project, None, None, None, None, None, *d_affine
+
+
+def _graphs_of(
+    x: Tensor, weights: tuple[Tensor | None, Tensor, Tensor], affine: list[Tensor], running: list[Tensor],
+    momenta: list[float], eps: list[float], dims: list[int],
+) -> graphs.Captured | None:  # fmt: skip
+    """Autograd does not see the captured launches, so the parameters are taken out of it."""
+    fixed = BlockWeights(*(None if w is None else w.detach() for w in weights))  # type: ignore[arg-type]
+    vectors = [tensor.detach() for tensor in affine]
+
+    def forward(x: Tensor) -> list[Tensor]:
+        return block_forward(x, *fixed, vectors, running, momenta, eps, dims, True)
+
+    def backward(grad: Tensor, x: Tensor, saved: list[Tensor]) -> list[Tensor]:
+        return block_backward(grad, x, *fixed, saved, len(eps), dims, True)
+
+    parameters = [*(w for w in weights if w is not None), *affine]
+    numbers = (momenta, eps, dims)
+    return graphs.GRAPHS.find(graphs.Step(forward, backward, running), x, parameters, numbers)
 
 
 def inverted_residual(

@@ -4,7 +4,9 @@ The interpreter has to be chosen before Triton is imported, so without a GPU the
 test_interpreter.py runs them so, in a process of its own. Outputs are poisoned with NaN before each launch.
 """
 
+import gc
 import os
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -17,7 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not GPU and not INTERPRETED:
     pytest.skip("needs an NVIDIA GPU or TRITON_INTERPRET=1 (test_interpreter.py)", allow_module_level=True)
 
-from kernels import BlockShape, BlockWeights, inverted_residual, pointwise_bn_relu6, reference
+from kernels import BlockShape, BlockWeights, graphs, inverted_residual, pointwise_bn_relu6, reference
 from kernels import triton_batch_norm as batch_norm
 from kernels.configs import DepthwiseConfig, PointwiseConfig
 from kernels.inference import Reference
@@ -457,6 +459,125 @@ def test_results_are_bit_equal_from_run_to_run() -> None:
     first, second = (run_block("triton", x, weights, shape, grad, True, torch.float32, True) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+# ---- CUDA graphs: the real ones on a GPU, else their bookkeeping around kernels that run at each replay
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> graphs.Graphs:
+    """Graphs turned on, of an empty store. Without a GPU a replay calls what was captured and copies the results."""
+
+    def capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+        outputs = run()
+
+        def replay() -> None:
+            for output, value in zip(outputs, run(), strict=True):
+                output.copy_(value)
+
+        return outputs, replay
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(graphs, "capture", capture)
+        monkeypatch.setattr(graphs, "memory_left", lambda: True)
+        monkeypatch.setattr(graphs, "enabled", lambda x: graphs._switch is True)
+    store = graphs.Graphs()
+    monkeypatch.setattr(graphs, "GRAPHS", store)
+    monkeypatch.setattr(graphs, "_switch", True)
+    return store
+
+
+class SmallBlock:
+    """A block with parameters that steps change, fed with new images each step."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.shape = BlockShape(8, 16, 8, 3, 1)
+        sizes = ((16, 8), (16, 1, 3, 3), (8, 16))
+        self.weights = [torch.randn(size, generator=generator).to(DEVICE).requires_grad_() for size in sizes]
+        self.norms = norms(self.shape, torch.float32)
+
+    def forward(self, seed: int) -> Tensor:
+        x = torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(seed)).to(DEVICE).requires_grad_()
+        return inverted_residual(
+            x, BlockWeights(*self.weights), self.norms, self.shape, training=True, backend="triton"
+        )
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.weights, *(p for norm in self.norms for p in norm.parameters())]
+
+    def step(self, seed: int) -> Tensor:
+        z = self.forward(seed)
+        z.square().sum().backward()
+        found = z.detach().clone()
+        with torch.no_grad():
+            for p in self.parameters():
+                p -= 0.01 * p.grad
+                p.grad = None
+        return found
+
+    def state(self) -> list[Tensor]:
+        return [*self.parameters(), *(b for norm in self.norms for b in norm.buffers())]
+
+
+def test_graphs_train_as_launches_do(recorded: graphs.Graphs) -> None:
+    replayed, launched = SmallBlock(), SmallBlock()
+    for seed in range(3):
+        graphs.set_cuda_graphs(True)
+        ours = replayed.step(seed)
+        graphs.set_cuda_graphs(False)
+        assert torch.equal(ours, launched.step(seed))
+    assert len(recorded) == 1
+    for mine, theirs in zip(replayed.state(), launched.state(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_gradients_add_up_over_replays(recorded: graphs.Graphs) -> None:
+    """Autograd keeps a first gradient as it is: it must not be the buffer that the next replay overwrites."""
+    replayed, launched = SmallBlock(), SmallBlock()
+    for block, on in ((replayed, True), (launched, False)):
+        graphs.set_cuda_graphs(on)
+        for seed in range(2):
+            block.forward(seed).sum().backward()
+    for mine, theirs in zip(replayed.parameters(), launched.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_a_forward_that_waits_for_its_backward_keeps_its_buffers(recorded: graphs.Graphs) -> None:
+    replayed, launched = SmallBlock(), SmallBlock()
+    for block, on in ((replayed, True), (launched, False)):
+        graphs.set_cuda_graphs(on)
+        first, second = block.forward(0), block.forward(1)
+        second.square().sum().backward()
+        first.square().sum().backward()
+    for mine, theirs in zip(replayed.parameters(), launched.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+    (captured,) = recorded._found.values()
+    assert not captured.busy
+    abandoned = replayed.forward(2)
+    graphs.set_cuda_graphs(True)
+    abandoned = replayed.forward(2)
+    assert captured.busy
+    del abandoned
+    gc.collect()
+    assert not captured.busy
+
+
+def test_graphs_go_with_their_parameters(recorded: graphs.Graphs) -> None:
+    block = SmallBlock()
+    block.step(0)
+    assert len(recorded) == 1
+    block.weights[1] = block.weights[1].detach().clone().requires_grad_()
+    gc.collect()
+    assert len(recorded) == 0
+
+
+def test_operations_are_launched_where_memory_is_short(
+    recorded: graphs.Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "memory_left", lambda: False)
+    SmallBlock().step(0)
+    assert len(recorded) == 0
 
 
 # ---- on a GPU only: real sizes, real tiles

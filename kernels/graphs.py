@@ -1,0 +1,132 @@
+"""CUDA graphs of a block's training step: two replays a block instead of about twenty launches from Python.
+
+Off by default; `set_cuda_graphs(True)` or BSNAS_CUDA_GRAPHS=1 is the one switch, and results are the same bit for bit.
+Every operation that trains gets a graph of its forward and one of its backward, captured at its first use over buffers
+that it keeps: the input, everything that forward saves, the gradients. They take as much memory as the operation's own
+step, so operations are captured until less than MEMORY_KEPT_FREE of the GPU is free; the others are launched as before.
+
+An output lives in such a buffer until the operation's next forward. While a forward waits for its backward, the same
+operation runs without its graph.
+"""
+
+import os
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MEMORY_KEPT_FREE = 0.2
+Forward = Callable[[Tensor], list[Tensor]]
+"""x -> the output, then what backward needs. Moves running statistics."""
+Backward = Callable[[Tensor, Tensor, list[Tensor]], list[Tensor]]
+"""(gradient of the output, x, saved) -> the gradients of x and of the parameters."""
+
+_switch: bool | None = None
+
+
+def set_cuda_graphs(on: bool | None) -> None:
+    """Turn CUDA graphs on or off; None leaves it to BSNAS_CUDA_GRAPHS (1 is on)."""
+    global _switch
+    _switch = on
+
+
+def enabled(x: Tensor) -> bool:
+    """Whether blocks on x's device are to be captured."""
+    on = os.environ.get("BSNAS_CUDA_GRAPHS") == "1" if _switch is None else _switch
+    return on and x.is_cuda and not torch.compiler.is_compiling()
+
+
+class Step(NamedTuple):
+    """One operation's training step."""
+
+    forward: Forward
+    backward: Backward
+    state: list[Tensor]
+    """What forward moves: running statistics."""
+
+
+class Pending:
+    """Lives as long as the autograd node whose backward will read the buffers."""
+
+
+def capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+    """-> the tensors that each replay fills, and the replay. All kernels must have been compiled and loaded before."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads (the loader's) may allocate meanwhile: only this one is held to the rules of a capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = run()
+    return outputs, graph.replay
+
+
+def memory_left() -> bool:
+    """Whether there is memory for another operation's buffers."""
+    free, total = torch.cuda.mem_get_info()
+    return free > MEMORY_KEPT_FREE * total
+
+
+class Captured:
+    """The graphs of one operation and the buffers that they read and write."""
+
+    def __init__(self, step: Step, x: Tensor) -> None:
+        self.x = torch.empty_like(x)
+        self.x.copy_(x)
+        before = [tensor.clone() for tensor in step.state]
+        z, *saved = step.forward(self.x)  # compiles and loads the kernels, which a capture must not
+        step.backward(torch.zeros_like(z), self.x, saved)
+        del z, saved
+        outputs, self.replay_forward = capture(lambda: step.forward(self.x))
+        self.z, *saved = outputs
+        self.grad = torch.empty_like(self.z)
+        self.grads, self.replay_backward = capture(lambda: step.backward(self.grad, self.x, saved))
+        for tensor, value in zip(step.state, before, strict=True):
+            tensor.copy_(value)
+        self._pending: weakref.ref[Pending] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a forward still waits for its backward; one whose autograd graph is gone does not."""
+        return self._pending is not None and self._pending() is not None
+
+    def forward(self, x: Tensor, pending: Pending | None) -> Tensor:
+        self.x.copy_(x)
+        self.replay_forward()
+        self._pending = None if pending is None else weakref.ref(pending)
+        return self.z.detach()
+
+    def backward(self, grad: Tensor) -> list[Tensor]:
+        """Gradient of x in its buffer; those of parameters are copies, since autograd keeps them across steps."""
+        self.grad.copy_(grad)
+        self.replay_backward()
+        self._pending = None
+        return [self.grads[0].detach(), *torch._foreach_mul(self.grads[1:], 1.0)]
+
+
+class Graphs:
+    """The captured operations of a process, by what their launches depend on."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Captured] = {}
+
+    def find(self, step: Step, x: Tensor, parameters: Sequence[Tensor], numbers: Any) -> Captured | None:
+        """The graphs of an operation; None where it has to be launched. They go when one of its parameters does."""
+        key = (x.shape, x.dtype, x.device, tuple(map(_place, (*parameters, *step.state))), repr(numbers))
+        captured = self._found.get(key)
+        if captured is None:
+            if not memory_left():
+                return None
+            captured = self._found[key] = Captured(step, x)
+            for parameter in parameters:
+                weakref.finalize(parameter, self._found.pop, key, None)
+        return None if captured.busy else captured
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def _place(tensor: Tensor) -> Hashable:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+GRAPHS = Graphs()
