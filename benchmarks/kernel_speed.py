@@ -27,42 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.kernel_bytes import bytes_moved
 from benchmarks.mean_path import SEPARABLE, STEM, TAIL, PathNetwork, PlacedBlock, mean_path
 from benchmarks.timing import RESULTS, alternating_milliseconds, append_rows, device_milliseconds, provenance, quantiles
 from engine.memory import keep_freed_memory
 from kernels import BlockShape, BlockWeights, inference, inverted_residual, set_backend
 
-ACTIVATIONS = {"x", "y", "z", "y1", "y2", "y3", "grad", "dz2", "dx", "residual", "shortcut", "out"}
-"""Kernel arguments of which every byte must move; the others are weights, statistics and partial sums."""
-HALF_L2 = 25 * 2**20
 LEVEL_C_IMAGES_PER_S = 33_800
 """Floor of a training step of the mean path on an H100, bf16, if only raw convolution outputs reach memory."""
-
-
-def bytes_moved(launch: Any) -> tuple[int, int]:
-    """(all arguments once, activations once): the kernel's own traffic and its floor.
-
-    Pointwise tiles re-read narrow operands and depthwise strips re-read the columns between them from L2. Partial
-    weight gradients of up to half an L2 cache stay there until they are summed, and are not counted.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, value in launch.arguments.items():
-        if isinstance(value, Tensor) and name not in unused_arguments(launch):
-            tensors[name] = value
-    partial = tensors.get("w_partial")
-    if partial is not None and partial.numel() * partial.element_size() <= HALF_L2:
-        del tensors["w_partial"]
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    activations = sum(t.numel() * t.element_size() for name, t in tensors.items() if name in ACTIVATIONS)
-    return total, activations
-
-
-def unused_arguments(launch: Any) -> set[str]:
-    """Arguments that stand in for an absent one."""
-    unused = set()
-    if launch.arguments.get("RESIDUAL") is False:
-        unused.add("residual")
-    return unused
 
 
 # ---- single kernels (GPU)
@@ -79,7 +51,7 @@ def time_kernels(blocks: list[PlacedBlock], batch: int, copy_gb_s: float) -> lis
         for launch in launches:
             kernel = launch.fn[launch.grid]
             ms = device_milliseconds(lambda kernel=kernel, launch=launch: kernel(**launch.arguments, **launch.options))  # type: ignore[misc]
-            moved, floor = bytes_moved(launch)
+            moved, _, floor = bytes_moved(launch)
             rows.append({
                 "kind": "kernel", "name": launch.name.removesuffix("_kernel"),
                 "shape": describe(shape, size, index + 1),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from typing import Literal, get_args
 
 import torch
@@ -46,9 +47,7 @@ def why_not(name: str, x: Tensor) -> str | None:
             return f"it runs on the CPU and the tensor is on {x.device.type}"
         if reference.compute_dtype(x) != x.dtype or x.dtype not in (torch.float32, torch.float64):
             return f"it trains in float32 or float64, not in {reference.compute_dtype(x)}"
-        if not torch.backends.mkldnn.is_available():
-            return "this torch has no oneDNN"
-        return native.why_not()
+        return native.why_not() if torch.backends.mkldnn.is_available() else "this torch has no oneDNN"
     return None
 
 
@@ -76,7 +75,10 @@ def choose_backend(x: Tensor, backend: str | None = None) -> str:
     forced = backend or forced_backend()
     if forced is None:
         fastest = "triton" if x.device.type == "cuda" else "onednn"
-        return fastest if why_not(fastest, x) is None else "reference"
+        reason = why_not(fastest, x)
+        if reason is not None and reason.startswith(native.NOT_BUILT):
+            warnings.warn(f"blocks train on plain torch, about half as fast: {reason}", stacklevel=2)
+        return fastest if reason is None else "reference"
     reason = why_not(_known(forced), x)
     if reason is not None:
         raise RuntimeError(f"backend {forced!r} cannot run: {reason}; use 'reference', or force none")

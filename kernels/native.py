@@ -2,8 +2,11 @@
 
 The compiler is $CXX, or else the first of c++, g++, clang++. The library is kept in ~/.cache/bsnas/native (or below
 $BSNAS_CACHE), named by a hash of the source, the command and the processor, and built again when one of them changes.
+It appears there whole, so processes may build it side by side; where that directory cannot be written, a process builds
+one for itself.
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -21,6 +24,7 @@ from kernels.block import BlockShape
 
 KERNELS = (3, 5, 7)
 """Depthwise kernel sizes that native.cpp is compiled for."""
+NOT_BUILT = "its C++ part cannot be built here"
 _SOURCE = Path(__file__).with_name("native.cpp")
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 _POINTER, _SIZE, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
@@ -41,12 +45,12 @@ _ARGUMENTS = {
 
 @lru_cache(maxsize=1)
 def why_not() -> str | None:
-    """Why the library cannot be had on this machine, or None when it can. Compiles it if need be."""
+    """Why the library cannot be had on this machine, beginning with NOT_BUILT, or None. Compiles it if need be."""
     try:
         _library()
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return f"its C++ part cannot be built here: {lines[0] if lines else error}"
+        return f"{NOT_BUILT}: {lines[0] if lines else error}"
     return None
 
 
@@ -73,12 +77,22 @@ def _built() -> Path:
     identity = "\n".join([_SOURCE.read_text(), *command, torch.__version__, _processor()])
     cache = Path(os.environ.get("BSNAS_CACHE") or Path.home() / ".cache" / "bsnas") / "native"
     library = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.so"
-    if not library.exists():
+    if library.exists():
+        return library
+    try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder) / "native.so"
-            subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
-            built.replace(library)
+        folder = tempfile.mkdtemp(dir=cache)
+    except OSError:  # read-only, or no directory
+        folder = tempfile.mkdtemp(prefix="bsnas-native-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        library = Path(folder) / library.name
+    built = Path(folder) / "native.so"
+    try:
+        subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
+        built.replace(library)
+    finally:
+        if library.parent != Path(folder):
+            shutil.rmtree(folder, ignore_errors=True)
     return library
 
 

@@ -135,7 +135,7 @@ def test_a_backend_that_cannot_run_says_why():
         folded_pointwise(x, weight, bias, relu6=False, backend="winograd")
     with pytest.raises(RuntimeError, match="'onednn' cannot run: it runs on the CPU and the tensor is on meta"):
         folded_pointwise(x.to("meta"), weight, bias, relu6=False, backend="onednn")
-    with pytest.raises(RuntimeError, match="not in torch.float64"):
+    with pytest.raises(RuntimeError, match=r"not in torch\.float64"):
         folded_pointwise(x.double(), weight.double(), bias.double(), relu6=False, backend="onednn")
     if os.environ.get("TRITON_INTERPRET") != "1":
         with pytest.raises(RuntimeError, match="'triton' cannot run: it needs an NVIDIA GPU"):

@@ -95,16 +95,45 @@ def test_float32(mean: float) -> None:
         assert error(ours[name], value) <= max(TOLERANCE[torch.float32], 2 * error(eager[name], value)), name
 
 
-def test_gradcheck() -> None:
-    shape = BlockShape(3, 9, 3, 3, 1)
-    bns = [nn.BatchNorm2d(channels, dtype=torch.float64) for channels in (9, 9, 3)]
+@pytest.mark.parametrize("backend", ["reference", "onednn"])
+@pytest.mark.parametrize("kind", ["expand", "raw"])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 2)])
+def test_gradcheck(backend: str, kind: str, kernel: int, stride: int) -> None:
+    """Of x, the weights, and weight and bias of every norm, through full-size weights."""
+    inputs = 3 if kind == "expand" else 6
+    shape = BlockShape(inputs, 6, 3, kernel, stride)
+    bns = tuple(nn.BatchNorm2d(channels, dtype=torch.float64) for channels in (6, 6, 3))
+    affine = [
+        p
+        for i, bn in enumerate(bns)
+        for p in (1 + 0.3 * random(*bn.weight.shape, seed=5 + i), random(*bn.bias.shape, seed=8 + i))
+    ]
 
-    def block(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor) -> Tensor:
+    def block(x: Tensor, depthwise: Tensor, project: Tensor, *rest: Tensor) -> Tensor:
+        expand = rest[-1] if kind == "expand" else None
+        for i, bn in enumerate(bns):
+            del bn.weight, bn.bias
+            bn.weight, bn.bias = rest[2 * i], rest[2 * i + 1]  # plain tensors: a Parameter would cut the graph
         weights = BlockWeights(expand, depthwise, project)
-        return inverted_residual(x, weights, tuple(bns), shape, training=True, backend="onednn")  # type: ignore[arg-type]
+        return inverted_residual(x, weights, bns, shape, training=True, backend=backend)  # type: ignore[arg-type]
 
-    inputs = (random(2, 3, 4, 4), random(9, 3, seed=1), random(9, 1, 3, 3, seed=2), random(3, 9, seed=3))
-    assert torch.autograd.gradcheck(block, tuple(value.requires_grad_() for value in inputs))
+    given = [random(2, inputs, 4, 3), random(7, 1, 7, 7, seed=2), random(4, 7, seed=3), *affine]
+    if kind == "expand":
+        given.append(random(7, 4, seed=1))
+    assert torch.autograd.gradcheck(block, tuple(value.requires_grad_() for value in given))
+
+
+@pytest.mark.parametrize("backend", ["reference", "onednn"])
+def test_gradcheck_of_the_tail(backend: str) -> None:
+    bn = nn.BatchNorm2d(5, dtype=torch.float64)
+
+    def tail(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        del bn.weight, bn.bias
+        bn.weight, bn.bias = gamma, beta
+        return pointwise_bn_relu6(x, weight, bn, in_channels=3, training=True, backend=backend)
+
+    given = random(2, 3, 3, 2), random(5, 4, seed=1), 1 + 0.3 * random(5, seed=2), random(5, seed=3)
+    assert torch.autograd.gradcheck(tail, tuple(value.requires_grad_() for value in given))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -184,10 +213,13 @@ def test_half_precision_is_left_to_the_reference() -> None:
 )
 def test_without_a_compiler_the_reference_trains(compiler: str, reason: str, tmp_path: Path) -> None:
     script = f"""
-import re, torch
+import re, torch, warnings
 from kernels import choose_backend
 x = torch.randn(1, 4, 4, 4)
-assert choose_backend(x) == "reference"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert choose_backend(x) == "reference"
+assert re.search("plain torch, about half as fast: .*" + {reason!r}, str(caught[0].message)), caught
 try:
     choose_backend(x, "onednn")
 except RuntimeError as error:
@@ -197,3 +229,27 @@ else:
 """
     environment = os.environ | {"CXX": compiler, "BSNAS_CACHE": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=Path(__file__).parents[2])
+
+
+BUILD = "from kernels import native; import ctypes; assert native.why_not() is None, native.why_not(); print('built')"
+
+
+def build(cache: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD], env=os.environ | {"BSNAS_CACHE": str(cache)}, cwd=Path(__file__).parents[2],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_processes_build_side_by_side_and_without_a_cache(tmp_path: Path) -> None:
+    """Two at once into one directory, a third where there is none to be had; nothing half-built is left."""
+    no_directory = tmp_path / "file"
+    no_directory.write_text("")
+    running = [build(tmp_path / "cache"), build(tmp_path / "cache"), build(no_directory)]
+    for process in running:
+        out, err = process.communicate(timeout=800)
+        assert out == "built\n", err
+    (library,) = (tmp_path / "cache" / "native").iterdir()
+    assert library.suffix == ".so"
