@@ -90,10 +90,20 @@ def provenance(device: torch.device) -> dict[str, str]:
         "commit": commit,
         "device": torch.cuda.get_device_name(device)
         if cuda
-        else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        else f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "triton": triton_version,
     }
+
+
+def _processor() -> str:
+    """Its name in /proc/cpuinfo, with the family, which "AMD EPYC" alone does not tell; else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return f"{found.get('model name', platform.machine())} family {found.get('cpu family', '?')}"
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
