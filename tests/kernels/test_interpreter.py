@@ -11,6 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_triton.py ran on the GPU itself")
 def test_triton_kernels_under_the_interpreter() -> None:
     done = subprocess.run(
