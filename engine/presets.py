@@ -123,9 +123,7 @@ def fashion_mnist() -> RunConfig:
         sharing="nested",
         sampling=SamplingConfig(update="path", batches="fresh"),
         optimizer=OptimizerConfig(batch_size=128, learning_rate=0.1, warmup_epochs=1),
-        shrink=ShrinkConfig(
-            first_epochs=6, interval_epochs=3, keep=(9, 5), models_per_operation=20, bn="recalibrate"
-        ),
+        shrink=ShrinkConfig(first_epochs=6, interval_epochs=3, keep=(9, 5), models_per_operation=20, bn="recalibrate"),
         retrain=RetrainConfig(epochs=10, learning_rate=0.1, batch_size=128),
         evaluation=EvaluationConfig(recalibration_images=256),
     )
