@@ -116,10 +116,7 @@ def test_budget_of_slow_compiles(capability: int, shape: BlockShape, size: int, 
     check(capability, shape, size, dtype, only)
 
 
-FLOOR = [(shape, size) for shape, size in mean_path() if shape.kernel != 7]
-
-
-@pytest.mark.parametrize(("shape", "size"), FLOOR)
+@pytest.mark.parametrize(("shape", "size"), mean_path())
 def test_bytes_moved_stay_near_the_floor(shape: BlockShape, size: int) -> None:
     """Each kernel's arguments against its activations, each once; what is not counted: benchmarks/kernel_bytes.py."""
     for launch in block_launches(shape, 256, size, BF16):
