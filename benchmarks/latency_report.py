@@ -1,4 +1,4 @@
-"""What benchmarks/latency.py tells beside times: MACs of any network, memory, a CSV and a plot."""
+"""How benchmarks/latency.py tells its rows: tables on the console, a CSV and a plot."""
 
 import csv
 import io
@@ -6,37 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-from torch import Tensor, nn
+from rich.console import Console
+from rich.table import Table
 
 from engine.atomic import write_atomically
-
-
-@torch.inference_mode()
-def count_macs(network: nn.Module, image: Tensor) -> int:
-    """Multiply-adds of convolutions and linear layers for one image [1, C, H, W]."""
-    total = 0
-
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        assert isinstance(layer.weight, Tensor)
-        total += output.numel() * layer.weight[0].numel()
-
-    layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    network(image)
-    for hook in hooks:
-        hook.remove()
-    return total
-
-
-def memory_mib(backend: str) -> float:
-    """Memory in use where a backend puts its networks: of the GPU as a whole, or of this process."""
-    if torch.cuda.is_available() and not backend.endswith("cpu"):
-        free, total = torch.cuda.mem_get_info()
-        return (total - free) / 2**20
-    return psutil.Process().memory_info().rss / 2**20
 
 
 def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -71,3 +44,36 @@ def plot_latency(rows: Sequence[dict[str, Any]], file: Path) -> Path | None:
     figure.savefig(content, format="png", dpi=150)
     write_atomically(file, content.getvalue())
     return file
+
+
+def show(rows: list[dict[str, Any]], engines: list[dict[str, Any]]) -> None:
+    """Print both lists as tables."""
+    console = Console(markup=False, highlight=False)
+    console.width = max(console.width, 140)
+    for hardware in dict.fromkeys(row["hardware"] for row in rows if "hardware" in row):
+        print(hardware)
+    table = Table(
+        *("network", "backend", "precision", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s"),
+        *("M MACs", "MB", "max error", "top-1 same"),
+    )
+    for row in rows:
+        if "why" in row:
+            continue
+        head = [row["network"], row["backend"], row["precision"], str(row["batch"])]
+        times = [f"{row[name]:.3f}" for name in ("p50_ms", "p90_ms", "p99_ms")]
+        table.add_row(
+            *(*head, *times, f"{row['images_per_s']:,.0f}", f"{row['macs'] / 1e6:.2f}"),
+            *(f"{row['engine_bytes'] / 1e6:.2f}", f"{row['max_abs_error']:.1e}", f"{row['top1_agreement']:.1%}"),
+        )
+    console.print(table)
+    if engines:
+        table = Table("engine built ahead of time", "target", "precision", "MB", "seconds")
+        for row in engines:
+            if "bytes" in row:
+                size, seconds = f"{row['bytes'] / 1e6:.2f}", f"{row['build_seconds']:.1f}"
+                table.add_row(f"{row['backend']} {row['version']}", row["target"], row["precision"], size, seconds)
+        console.print(table)
+    for row in (*rows, *engines):
+        if "why" in row:
+            names = (name for name in ("network", "backend", "target", "precision") if name in row)
+            print(" ".join(str(row[name]) for name in names), f"did not run: {row['why']}")

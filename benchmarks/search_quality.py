@@ -3,19 +3,21 @@
 python search/latency.py --run runs/digits --batch 8
 python benchmarks/search_quality.py --run runs/digits --json quality.json
 
-Needs a trained run with a latency table of this machine. Both comparisons give each side the same number of
-evaluations; evaluations are taken from the run's store where it has them.
+Needs a trained run with a latency table of this machine, whose space shrinking has left large enough to search.
+Evaluations are taken from the run's store where it has them.
 
-1. A search under a latency limit, its winner timed, against the best network that searches under MACs limits find whose
-   timed latency keeps the same limit.
+1. For several latency limits: a search under the limit, its winner timed, against the best network, timed too, that
+   keeps the same limit among all that searches under MACs limits find. The MACs limits are spread over the networks
+   that just keep the latency limit, and each of these searches has as many evaluations as the one under latency.
 2. The hypervolume (top-1 from 0 to 1, MACs over the range of the space) of one NSGA-II search, against that of
-   single-objective searches under evenly spaced MACs budgets, over several seeds.
+   single-objective searches under evenly spaced MACs budgets which share as many evaluations, over several seeds.
 """
 
+import random
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from search.evolution import Candidate, Evaluate, EvolutionConfig, evolve, ranke
 from search.finalists import NOISE, LatencyTable, measured_ms
 from search.latency_model import find_model
 from search.nsga2 import evolve_front, hypervolume, pareto_front
+from search.sampler import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +46,10 @@ class QualityArguments:
     """Run directory with a trained supernet and a latency table."""
     latency_table: Path | None = None
     """Latency table; by default the run's only one."""
-    max_latency_ms: float | None = None
-    """The limit; by default an eighth of the way from the fastest to the slowest network of the space."""
+    limits: tuple[float, ...] = (0.125, 0.25, 0.5)
+    """Latency limits, each as a share of the way from the fastest to the slowest network of the space."""
     budgets: int = 5
-    """MACs budgets of the searches to compare with, evenly spaced over the range of the space."""
+    """MACs limits of the searches to compare with."""
     population: int = 50
     """Architectures in a generation, a multiple of the number of budgets."""
     iterations: int = 9
@@ -61,6 +64,11 @@ class QualityArguments:
     def __post_init__(self) -> None:
         if self.budgets < 2 or self.population < 3 * self.budgets or self.population % self.budgets:
             raise UserError(f"population {self.population}: give a multiple of the {self.budgets} budgets, at least 3x")
+        if not all(0 < share <= 1 for share in self.limits) or min(self.finalists, self.seeds) < 1:
+            raise UserError(
+                f"limits {self.limits}, finalists {self.finalists}, seeds {self.seeds}: "
+                "limits are above 0 and at most 1, the others at least 1"
+            )
 
     def config(self, seed: int, searches: int = 1) -> EvolutionConfig:
         """One of several searches that share the evaluations."""
@@ -75,34 +83,47 @@ def main() -> None:
     table = LatencyTable.of(file, model, trained.supernet.space, foreign=False)
     with trained.run.lock():
         evaluate = trained.evaluator().evaluate
+        space = trained.supernet.space
         figures = {
-            "equal_latency": equal_latency(trained.supernet.space, evaluate, table, arguments),
-            "hypervolume": hypervolumes(trained.supernet.space, evaluate, arguments),
-            "latency_context": {"device": model.context.device, "batch": model.context.batch},
+            "equal_latency": equal_latencies(space, evaluate, table, arguments),
+            "hypervolume": hypervolumes(space, evaluate, arguments),
+            "architectures": space.num_architectures,
+            "latency_context": asdict(model.context),
             **provenance(),
         }
     write_figures(arguments.json, figures)
 
 
-def equal_latency(space: Space, evaluate: Evaluate, table: LatencyTable, arguments: QualityArguments) -> dict[str, Any]:
-    """The winner under a latency limit, and the best network of searches under MACs limits that is as fast."""
+def equal_latencies(
+    space: Space, evaluate: Evaluate, table: LatencyTable, arguments: QualityArguments
+) -> list[dict[str, Any]]:
+    """For every limit, the winner under it and the best network of searches under MACs limits that is as fast."""
     low, high = cost_ranges(space, constraints_for(space, (), table.predict), ("latency_ms",))["latency_ms"]
-    limit = arguments.max_latency_ms or low + (high - low) / 8
-    by_latency = best_found(space, evaluate, table, Limit("latency_ms", high=limit), arguments.config(0))
-    by_macs = [
-        candidate
-        for budget in macs_budgets(space, arguments.budgets)
-        for candidate in best_found(
-            space, evaluate, table, Limit("macs", high=budget), arguments.config(0, arguments.budgets)
-        )
-    ]
-    winners = {
-        name: _fastest_enough(space, table, found, limit, arguments.finalists)
-        for name, found in (("latency", by_latency), ("macs", by_macs))
-    }
-    for name, winner in winners.items():
-        print(f"limit {limit:.4f} ms, search under {name}: {winner or 'nothing is fast enough'}")
-    return {"limit_ms": limit, **winners}
+    rows = []
+    for share in arguments.limits:
+        limit = Limit("latency_ms", high=low + share * (high - low))
+        by_latency = best_found(space, evaluate, table, limit, arguments.config(0))
+        by_macs = [
+            candidate
+            for budget in macs_of(space, table, limit, arguments.budgets)
+            for candidate in best_found(space, evaluate, table, Limit("macs", high=budget), arguments.config(0))
+        ]
+        found = {"latency": by_latency, "macs": by_macs}
+        row: dict[str, Any] = {"limit_ms": limit.high}
+        for name, candidates in found.items():
+            row[name] = _fastest_enough(space, table, candidates, limit.high, arguments.finalists)
+            row[f"evaluations_{name}"] = len({candidate.arch for candidate in candidates})
+            print(f"limit {limit.high:.4f} ms, search under {name}: {row[name] or 'nothing is fast enough'}")
+        rows.append(row)
+    return rows
+
+
+def macs_of(space: Space, table: LatencyTable, limit: Limit, count: int) -> list[float]:
+    """MACs limits evenly spaced over random networks that take 90 to 100 % of a latency limit."""
+    near = constraints_for(space, (replace(limit, low=0.9 * limit.high),), table.predict)
+    sampler, rng = Sampler(space, near), random.Random(0)
+    macs = [near.costs["macs"](sampler.draw(rng)) for _ in range(200)]
+    return [float(value) for value in np.linspace(min(macs), max(macs), count)]
 
 
 def best_found(
@@ -115,8 +136,8 @@ def best_found(
 def _fastest_enough(
     space: Space, table: LatencyTable, found: Sequence[Candidate], limit: float, most: int
 ) -> dict[str, Any] | None:
-    """The best of the candidates whose timed latency keeps the limit. Those predicted far beyond it are not timed."""
-    near = ranked([[c for c in found if c.costs["latency_ms"] <= limit * 1.1]])
+    """The best of the candidates whose timed latency keeps the limit. Those predicted beyond it are not timed."""
+    near = ranked([[c for c in found if c.costs["latency_ms"] <= limit * (1 + 2 * NOISE)]])
     for start in range(0, len(near), most):
         finalists = near[start : start + most]
         for candidate, ms in zip(finalists, measured_ms(table, space, [c.arch for c in finalists]), strict=True):

@@ -10,7 +10,7 @@ import torch
 from engine.errors import UserError
 from engine.onnx_export import Precision
 from engine.space import Arch, Space
-from search.backends import BACKENDS, CannotRun
+from search.backends import BACKENDS, CannotRun, Hardware
 from search.evolution import Candidate
 from search.latency_bench import LatencyBench, base_ms
 from search.latency_model import LatencyModel, LatencyPredictor, refuse_other_device
@@ -18,7 +18,7 @@ from search.latency_model import LatencyModel, LatencyPredictor, refuse_other_de
 NOISE = 0.03
 """A network whose measured latency exceeds the limit by no more than this share counts as inside it."""
 _BUSY = 0.1
-"""Slowdown of the reference network that is no longer taken for the machine's own."""
+"""Slowdown of the reference network, since the table was measured, that the user is told of."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class LatencyTable:
         predict = model.predictor(space)
         if not foreign:
             with _threads(model):
-                refuse_other_device(model, _hardware(model), file)
+                refuse_other_device(model, *_hardware(model), file)
         return cls(file, model, predict, local=not foreign)
 
 
 def measured_ms(table: LatencyTable, space: Space, archs: Sequence[Arch]) -> list[float]:
     """Median latency of released networks, timed in turn, in the table's context.
 
-    On a machine that is busier than when the table was measured, the reference network tells by how much: times are
-    scaled to the quieter of both moments, and it is said.
+    On a machine that is busier than when the table was measured, the reference network tells by how much: the limit
+    and the predictions are of that quieter moment, so times are scaled to it.
     """
     context = table.model.context
     precision: Precision = context.precision  # type: ignore[assignment]
@@ -55,8 +55,7 @@ def measured_ms(table: LatencyTable, space: Space, archs: Sequence[Arch]) -> lis
     base, quiet = base_ms(timings), float(table.model.about.get("reference_ms", float("inf")))
     if base > quiet * (1 + _BUSY):
         print(f"the machine is busy: the reference network takes {base:.4g} ms, not {quiet:.4g}; scaled to the latter")
-        base = quiet
-    return [timing.ratio * base for timing in timings]
+    return [timing.ratio * min(base, quiet) for timing in timings]
 
 
 def fastest_inside(candidates: Sequence[Candidate], measured: Sequence[float], limit: float) -> int | None:
@@ -64,14 +63,15 @@ def fastest_inside(candidates: Sequence[Candidate], measured: Sequence[float], l
     return next((k for k in range(len(candidates)) if measured[k] <= limit * (1 + NOISE)), None)
 
 
-def _hardware(model: LatencyModel) -> str:
+def _hardware(model: LatencyModel) -> Hardware:
+    """This machine, as the model's backend describes it."""
     name = model.context.backend
     if name not in BACKENDS:
         raise UserError(f"the latency table is of unknown backend {name!r}; allowed are {', '.join(BACKENDS)}")
     try:
         return BACKENDS[name].describe()
     except CannotRun as reason:
-        return f"a machine without it ({reason})"
+        return Hardware(f"a machine without it ({reason})", "none")
 
 
 @contextmanager

@@ -57,13 +57,12 @@ class LatencyBench:
         self._backend, self._batch, self._precision = backend, batch, precision
         self._visits, self._max_seconds = visits, max_seconds
         self._rng = random.Random(seed)
-        device, versions = backend.describe().rsplit("; ", 1)
+        hardware = backend.describe()
         reference = middle_arch(self.space)
         self._reference = self._open(unit_scale(Subnet(self.space, reference)), self._input_shape)
         self.context = LatencyContext(
             backend=backend.name,
-            device=device,
-            versions=versions,
+            **hardware._asdict(),
             batch=batch,
             precision=precision,
             reference=f"{reference} in {self.space.fingerprint[:16]}",

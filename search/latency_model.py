@@ -69,6 +69,8 @@ class LatencyModel:
         try:
             data = json.loads(file.read_text())
             parts = {name: PartCost(**cost) for name, cost in data.pop("parts").items()}
+            if not all(cost.ms >= 0 for cost in parts.values()):
+                raise ValueError("a cost is no number of at least 0")
             return cls(context=LatencyContext(**data.pop("context")), parts=parts, **data)
         except (OSError, TypeError, AttributeError, KeyError, ValueError) as error:
             raise UserError(
@@ -116,11 +118,11 @@ def find_model(
     if len(fitting) == 1:
         return next(iter(fitting.items()))
     if table is not None:
-        context = models[table].context
+        theirs = asdict(models[table].context)
+        wrong = [f"{name} {theirs[name]}, not {value}" for name, value in given.items() if theirs[name] != value]
         raise UserError(
-            f"latency table {table} is of backend {context.backend}, batch {context.batch}, precision "
-            f"{context.precision}, not of {asked}; give the table of what you ask for, or measure it with "
-            "search/latency.py"
+            f"latency table {table} is of {' and of '.join(wrong)}; give the table of what you ask for, or measure it "
+            "with search/latency.py"
         )
     if not fitting:
         raise UserError(
@@ -130,11 +132,12 @@ def find_model(
     raise UserError(f"the run has several latency tables ({names}); choose one with --latency-table FILE")
 
 
-def refuse_other_device(model: LatencyModel, hardware: str, file: Path) -> None:
-    """Raise `UserError` unless the model was measured on `hardware`, a backend's description of this machine."""
-    measured = f"{model.context.device}; {model.context.versions}"
-    if measured != hardware:
+def refuse_other_device(model: LatencyModel, device: str, versions: str, file: Path) -> None:
+    """Raise `UserError`, naming what differs, unless the model was measured on this device with these versions."""
+    both = {"device": (model.context.device, device), "versions": (model.context.versions, versions)}
+    wrong = [f"{name} {theirs} and not {here}" for name, (theirs, here) in both.items() if theirs != here]
+    if wrong:
         raise UserError(
-            f"latency table {file} was measured on {measured}, and this is {hardware}; measure here with "
-            "search/latency.py, or search for that other device with --foreign-table"
+            f"latency table {file} was measured on another machine than this: {', '.join(wrong)}; measure here with "
+            "search/latency.py, or search for that other one with --foreign-table"
         )

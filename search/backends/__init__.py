@@ -1,6 +1,6 @@
 """Backends that run released networks, for parity checks and latency."""
 
-from search.backends.base import Backend, CannotRun, Model, Session, session_logits
+from search.backends.base import Backend, CannotRun, Hardware, Model, Session, session_logits
 from search.backends.onnx_runtime import OnnxRuntimeBackend
 from search.backends.tensorrt import TensorRTBackend
 from search.backends.torch_eager import TorchBackend
@@ -20,4 +20,4 @@ BACKENDS: dict[str, Backend] = {
 }
 """Every backend by name, whether it can run here or not."""
 
-__all__ = ["BACKENDS", "Backend", "CannotRun", "Model", "Session", "session_logits"]
+__all__ = ["BACKENDS", "Backend", "CannotRun", "Hardware", "Model", "Session", "session_logits"]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,18 @@ from search.plain_onnx import write_plain_onnx
 
 class CannotRun(Exception):
     """A backend cannot run something here; the message is the reason, in one line."""
+
+
+class Hardware(NamedTuple):
+    """What latencies of a backend belong to."""
+
+    device: str
+    """The processor, with the number of threads on a CPU."""
+    versions: str
+    """Of the backend's software."""
+
+    def __str__(self) -> str:
+        return f"{self.device}; {self.versions}"
 
 
 @dataclass(frozen=True)
@@ -87,8 +99,8 @@ class Backend(Protocol):
 
     name: str
 
-    def describe(self) -> str:
-        """The device and the versions it runs with. Raises `CannotRun` when it cannot run on this machine at all."""
+    def describe(self) -> Hardware:
+        """What it runs on and with. Raises `CannotRun` when it cannot run on this machine at all."""
         ...
 
     def open(self, model: Model, precision: Precision, batch: int) -> Session:
@@ -114,8 +126,12 @@ def require_cuda() -> str:
     return torch.cuda.get_device_name()
 
 
-def cpu_name() -> str:
-    """The processor's model name."""
+def cpu_with_threads() -> str:
+    """The processor's model name and torch's number of threads, which every CPU backend takes."""
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

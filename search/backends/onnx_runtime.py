@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.onnx_export import Precision, first_line
-from search.backends.base import CannotRun, Model, cpu_name, require_cuda
+from search.backends.base import CannotRun, Hardware, Model, cpu_with_threads, require_cuda
 
 _UNCOUNTED = 3
 """First runs of a profile, which allocate."""
@@ -25,11 +25,11 @@ class OnnxRuntimeBackend:
         self.device = device
         self.name = f"onnxruntime-{device}"
 
-    def describe(self) -> str:
+    def describe(self) -> Hardware:
         if _PROVIDERS[self.device] not in onnxruntime.get_available_providers():
             raise CannotRun("the installed onnxruntime has no CUDA provider; pip install onnxruntime-gpu has it")
-        device = require_cuda() if self.device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
-        return f"{device}; onnxruntime {onnxruntime.__version__}"
+        device = require_cuda() if self.device == "cuda" else cpu_with_threads()
+        return Hardware(device, f"onnxruntime {onnxruntime.__version__}")
 
     def open(self, model: Model, precision: Precision, batch: int) -> "OnnxRuntimeSession":
         self.describe()

@@ -6,9 +6,10 @@ time for named GPU generations on a machine that has no GPU.
 """
 
 import importlib
+import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +18,35 @@ from torch import Tensor
 
 from engine.atomic import write_atomically
 from engine.onnx_export import Precision, first_line
-from search.backends.base import CannotRun, Model, require_cuda
+from search.backends.base import CannotRun, Hardware, Model, require_cuda
 
 TIMING_CACHES = Path("~/.cache/bsnas/tensorrt").expanduser()
 """Where the builder's layer timings are kept, a file per package, version and GPU."""
-RTX_TARGETS = ("SM75", "SM80", "SM86", "SM89", "SM120")
+RTX_TARGETS = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 """GPU generations that TensorRT-RTX builds for; Hopper (SM90) is not among them."""
+
+
+class EngineLayer(NamedTuple):
+    """A kernel of an engine, or what stands for one, and the operators of the ONNX file that it computes."""
+
+    kind: str
+    name: str
+    operators: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, line: str) -> "EngineLayer | None":
+        """A line of the builder's list of layers; None for any other line."""
+        found = re.match(r"Name: (.+?), LayerType: (\w+), ", line)
+        return cls(found[2], found[1], tuple(re.findall(r"\[ONNX Layer: ([^\]]+)\]", line))) if found else None
+
+
+class Engine(NamedTuple):
+    """What the builder made of a network."""
+
+    content: bytes
+    """Serialized."""
+    layers: tuple[EngineLayer, ...]
+    """Those that it runs, in order, after fusion; none where the builder does not list them."""
 
 
 class TensorRTBackend:
@@ -33,21 +57,22 @@ class TensorRTBackend:
         self.graph = graph
         self.name = package.replace("_", "-") + ("-graph" if graph else "")
 
-    def describe(self) -> str:
+    def describe(self) -> Hardware:
         trt = import_package(self.package)
         device = require_cuda()
         if self.package == "tensorrt_rtx":
             generation = "SM{}{}".format(*torch.cuda.get_device_capability())
             if not hasattr(trt.ComputeCapability, generation):
                 raise CannotRun(f"TensorRT-RTX has no {generation}, which {device} is")
-        return f"{device}; {self.package.replace('_', '-')} {trt.__version__}"
+        return Hardware(device, f"{self.package.replace('_', '-')} {trt.__version__}")
 
     def open(self, model: Model, precision: Precision, batch: int) -> "TensorRTSession":
         self.describe()
         trt = import_package(self.package)
         cache = TIMING_CACHES / f"{self.package}-{trt.__version__}-{require_cuda().replace(' ', '-')}.cache"
-        engine = build_engine(trt, model.onnx_file(precision).read_bytes(), (batch, batch, batch), timing_cache=cache)
-        return TensorRTSession(trt, engine, batch, graph=self.graph)
+        onnx = model.onnx_file(precision).read_bytes()
+        engine = build_engine(trt, onnx, (batch, batch, batch), timing_cache=cache)
+        return TensorRTSession(trt, engine.content, batch, graph=self.graph)
 
 
 class TensorRTSession:
@@ -128,29 +153,14 @@ def import_package(package: str) -> ModuleType:
         raise CannotRun(f"{package} does not load: {first_line(error)}") from None
 
 
-def network_layers(trt: ModuleType, onnx: bytes) -> list[str]:
-    """The layers that the parser makes of an ONNX file, before any fusion; empty when it does not understand it."""
-    logger = _logger(trt)
-    builder = trt.Builder(logger)
-    if builder is None:
-        return []
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if typed is None else 1 << int(typed))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(onnx):
-        return []
-    layers = (network.get_layer(k) for k in range(network.num_layers))
-    return [f"{str(layer.type).rsplit('.', 1)[-1]} {layer.name}" for layer in layers]
-
-
 def build_engine(
     trt: ModuleType,
     onnx: bytes,
     batches: tuple[int, int, int],
     target: str | None = None,
     timing_cache: Path | None = None,
-) -> bytes:
-    """A serialized engine.
+) -> Engine:
+    """Build an engine, for this machine's GPU or ahead of time for another one.
 
     Args:
         trt: the package.
@@ -171,6 +181,7 @@ def build_engine(
     if not parser.parse(onnx):
         raise CannotRun(f"the ONNX file is not understood: {parser.get_error(0).desc()}")
     config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # makes the builder list the layers
     if target is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, target), 0)
@@ -188,20 +199,23 @@ def build_engine(
         raise CannotRun(f"the engine does not build: {logger.reason()}")
     if timing_cache is not None and cached:
         write_atomically(timing_cache, bytes(config.get_timing_cache().serialize()))
-    return bytes(engine)
+    return Engine(bytes(engine), tuple(logger.layers))
 
 
 def _logger(trt: ModuleType) -> Any:
-    """A logger that is silent and remembers errors. Its base class comes with the package."""
+    """A logger that is silent and remembers errors and the list of layers. Its base class comes with the package."""
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
+            self.layers: list[EngineLayer] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(message)
+            elif message.startswith("Layers:\n"):
+                self.layers = [layer for line in message.splitlines() if (layer := EngineLayer.parse(line))]
 
         def reason(self) -> str:
             return first_line(Exception(self.errors[0])) if self.errors else "no reason given"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engine.folding import fold_batchnorm
 from engine.onnx_export import DTYPES, Precision, first_line
-from search.backends.base import CannotRun, Model, cpu_name, require_cuda
+from search.backends.base import CannotRun, Hardware, Model, cpu_with_threads, require_cuda
 
 
 class TorchBackend:
@@ -19,9 +19,9 @@ class TorchBackend:
         self.device = device
         self.name = f"torch-{device}"
 
-    def describe(self) -> str:
-        device = require_cuda() if self.device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
-        return f"{device}; torch {torch.__version__}"
+    def describe(self) -> Hardware:
+        device = require_cuda() if self.device == "cuda" else cpu_with_threads()
+        return Hardware(device, f"torch {torch.__version__}")
 
     def open(self, model: Model, precision: Precision, batch: int) -> "TorchSession":
         if self.device == "cuda":

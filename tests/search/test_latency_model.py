@@ -208,9 +208,12 @@ def test_models_are_saved_loaded_and_predict_the_sum(tmp_path):
     loaded = LatencyModel.load(tmp_path / "model.json")
     assert loaded == model(space)
     assert loaded.predictor(space)(uniform_arch(space, random.Random(0))) == 0.5 + 6
-    (tmp_path / "model.json").write_text(json.dumps({"parts": {}}))
-    with pytest.raises(UserError, match=r"model.json holds no latency table"):
-        LatencyModel.load(tmp_path / "model.json")
+    damaged = json.loads((tmp_path / "model.json").read_text())
+    damaged["parts"][next(iter(damaged["parts"]))]["ms"] = float("nan")
+    for content in ({"parts": {}}, [], damaged):
+        (tmp_path / "model.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"model.json holds no latency table"):
+            LatencyModel.load(tmp_path / "model.json")
 
 
 def test_tables_of_something_else_are_refused(tmp_path):
@@ -220,9 +223,11 @@ def test_tables_of_something_else_are_refused(tmp_path):
     lacking = model(space)
     with pytest.raises(UserError, match="lacks 1 parts of this space, as stem"):
         replace(lacking, parts=dict(list(lacking.parts.items())[1:])).predictor(space)
-    with pytest.raises(UserError, match="was measured on a CPU, 1 threads; torch 1, and this is a GPU; torch 1"):
-        refuse_other_device(lacking, "a GPU; torch 1", tmp_path / "t.json")
-    refuse_other_device(lacking, "a CPU, 1 threads; torch 1", tmp_path / "t.json")
+    with pytest.raises(UserError, match=r"than this: device a CPU, 1 threads and not a GPU; measure here with"):
+        refuse_other_device(lacking, "a GPU", "torch 1", tmp_path / "t.json")
+    with pytest.raises(UserError, match=r"than this: versions torch 1 and not torch 2; measure here with"):
+        refuse_other_device(lacking, "a CPU, 1 threads", "torch 2", tmp_path / "t.json")
+    refuse_other_device(lacking, "a CPU, 1 threads", "torch 1", tmp_path / "t.json")
 
 
 def test_the_table_is_found_in_the_run_or_asked_for(tmp_path):
@@ -234,8 +239,9 @@ def test_the_table_is_found_in_the_run_or_asked_for(tmp_path):
     assert find_model(tmp_path, None, {"batch": 1})[1] == first
     with pytest.raises(UserError, match="has no latency table of batch 2"):
         find_model(tmp_path, None, {"batch": 2})
-    with pytest.raises(UserError, match=r"is of backend torch-cpu, batch 1, precision fp32, not of precision fp16"):
-        find_model(tmp_path, model_file(tmp_path, first.context), {"precision": "fp16"})
+    asked = {"backend": "torch-cpu", "batch": 8, "precision": "fp16"}
+    with pytest.raises(UserError, match=r"is of batch 1, not 8 and of precision fp32, not fp16; give the table"):
+        find_model(tmp_path, model_file(tmp_path, first.context), asked)
     second = model(space, context=replace(CONTEXT, batch=8))
     second.save(model_file(tmp_path, second.context))
     with pytest.raises(

@@ -223,21 +223,23 @@ def test_latency_has_a_row_or_a_reason_for_every_backend(tmp_path, monkeypatch, 
     in_process(
         benchmarks.latency,
         monkeypatch,
-        *("--run", str(run.path), "--batch-sizes", "1", "4", "--precisions", "fp32", "--repeats", "20"),
-        *("--warmup", "2", "--warmup-seconds", "0", "--targets", "SM80", "--profile"),
+        *("--run", str(run.path), "--batch-sizes", "1", "4", "--precisions", "fp32", "bf16", "--repeats", "20"),
+        *("--warmup-seconds", "0", "--targets", "SM80", "--profile"),
         *("--json", str(tmp_path / "f.json")),
     )
     figures = read(tmp_path / "f.json")
-    rows = {(row["backend"], row.get("batch")): row for row in figures["rows"]}
+    rows = {(row["backend"], row.get("batch")): row for row in figures["rows"] if row.get("precision") != "bf16"}
     for backend in ("torch-cpu", "onnxruntime-cpu"):
         for batch in (1, 4):
             row = rows[backend, batch]
             assert row["max_abs_error"] < 1e-5
             assert row["top1_agreement"] == 1.0
-            assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+            assert 0 < row["min_ms"] <= row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
             assert {"hardware", "date", "commit", "images_per_s", "precision"} <= row.keys()
     assert {backend for backend, _ in rows} == set(benchmarks.latency.BACKENDS)
     assert all(("why" in row) != ("p50_ms" in row) for row in figures["rows"])
+    refused = [row for row in figures["rows"] if (row["backend"], row.get("precision")) == ("onnxruntime-cpu", "bf16")]
+    assert [row["batch"] for row in refused] == [1], "said once, not for every batch size"
     assert read(run.latency / "latency.json") == figures
     lines = (run.latency / "latency.csv").read_text().splitlines()
     assert len(lines) == 1 + len(figures["rows"])
@@ -259,7 +261,10 @@ def test_latency_has_a_row_or_a_reason_for_every_backend(tmp_path, monkeypatch, 
         ({"backends": ("tflite",)}, "backends tflite unknown; allowed are torch-cpu"),
         ({"peers": ("resnet9",)}, "peers resnet9 unknown; allowed are mobilenet_v2"),
         ({"targets": ("SM90",)}, "targets SM90 unknown; allowed are SM75"),
-        ({"batch_sizes": (0,)}, "batch sizes, repeats, images and threads must be at least 1"),
+        ({"batch_sizes": (0,)}, "batch sizes, repeats, passes, images and threads must be at least 1"),
+        ({"batch_sizes": ()}, "batch sizes, repeats, passes, images and threads must be at least 1"),
+        ({"precisions": ()}, "and precisions given"),
+        ({"max_seconds": 0.0}, "at most 0.0 s: give at least 0 and more than 0"),
     ],
 )
 def test_latency_refuses_what_it_does_not_know(tmp_path, options, message):
