@@ -6,9 +6,9 @@ python benchmarks/search_quality.py --run runs/digits --json quality.json
 Needs a trained run with a latency table of this machine, whose space shrinking has left large enough to search.
 Evaluations are taken from the run's store where it has them.
 
-1. For several latency limits: a search under the limit, its winner timed, against the best network, timed too, that
-   keeps the same limit among all that searches under MACs limits find. The MACs limits are spread over the networks
-   that just keep the latency limit, and each of these searches has as many evaluations as the one under latency.
+1. For several latency limits: a search under the limit, its winner timed, against searches under MACs limits, of each
+   the best network, timed too, that keeps the same latency limit. The MACs limits are spread over what random networks
+   of nearly the latency limit have, and each of these searches has as many evaluations as the one under latency.
 2. The hypervolume (top-1 from 0 to 1, MACs over the range of the space) of one NSGA-II search, against that of
    single-objective searches under evenly spaced MACs budgets which share as many evaluations, over several seeds.
 """
@@ -97,25 +97,30 @@ def main() -> None:
 def equal_latencies(
     space: Space, evaluate: Evaluate, table: LatencyTable, arguments: QualityArguments
 ) -> list[dict[str, Any]]:
-    """For every limit, the winner under it and the best network of searches under MACs limits that is as fast."""
+    """For every limit, the winner under it, and the networks of searches under MACs limits that are as fast."""
     low, high = cost_ranges(space, constraints_for(space, (), table.predict), ("latency_ms",))["latency_ms"]
     rows = []
     for share in arguments.limits:
         limit = Limit("latency_ms", high=low + share * (high - low))
-        by_latency = best_found(space, evaluate, table, limit, arguments.config(0))
-        by_macs = [
-            candidate
-            for budget in macs_of(space, table, limit, arguments.budgets)
-            for candidate in best_found(space, evaluate, table, Limit("macs", high=budget), arguments.config(0))
-        ]
-        found = {"latency": by_latency, "macs": by_macs}
-        row: dict[str, Any] = {"limit_ms": limit.high}
-        for name, candidates in found.items():
-            row[name] = _fastest_enough(space, table, candidates, limit.high, arguments.finalists)
-            row[f"evaluations_{name}"] = len({candidate.arch for candidate in candidates})
-            print(f"limit {limit.high:.4f} ms, search under {name}: {row[name] or 'nothing is fast enough'}")
-        rows.append(row)
+        for tried in (limit, *(Limit("macs", high=macs) for macs in macs_of(space, table, limit, arguments.budgets))):
+            found = best_found(space, evaluate, table, tried, arguments.config(0))
+            winner = _fastest_enough(space, table, found, limit.high, arguments.finalists)
+            rows.append(
+                {
+                    "limit_ms": limit.high,
+                    "searched": str(tried),
+                    "evaluations": len(found),
+                    **(winner or {"why": _NONE}),
+                }
+            )
+            print(
+                f"at {limit.high:.4f} ms, search for {tried}: "
+                + (f"top-1 {winner['top1']:.4f}, {winner['measured_ms']:.4f} ms measured" if winner else _NONE)
+            )
     return rows
+
+
+_NONE = "nothing is fast enough"
 
 
 def macs_of(space: Space, table: LatencyTable, limit: Limit, count: int) -> list[float]:

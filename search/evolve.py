@@ -178,7 +178,8 @@ def refuse_unreachable(run_dir: Path, requested: Sequence[tuple[Limit, ...]], mo
     try:
         table = json.loads((run_dir / "config.json").read_text())["space"]
         table["live"] = [[str(Operation(*op)) for op in ops] for ops in table["live"]]
-        steps = sorted((run_dir / "spaces").glob("step-*.json"))
+        files = (run_dir / "spaces").glob("step-*.json")
+        steps = sorted(files, key=lambda file: int(file.stem.removeprefix("step-")))
         space = Space.from_json(json.loads(steps[-1].read_text()) if steps else table)
     except (OSError, ValueError, KeyError, TypeError):
         return
