@@ -118,6 +118,7 @@ def measure_table(run_dir: RunDir, arguments: LatencyTableArguments) -> dict[str
         "correction": model.correction,
         **model.errors,
         **model.about,
+        "networks": held_out_rows(model, space, timings, held_out),
         "file": str(file),
     }
     show(model, file)
@@ -213,6 +214,23 @@ def fit_model(
             "held_out_ms": [float(measured.min()), float(np.median(measured)), float(measured.max())],
         },
     )
+
+
+def held_out_rows(
+    model: LatencyModel, space: Space, timings: Mapping[str, Timing], held_out: Sequence[Arch]
+) -> list[dict[str, Any]]:
+    """What the errors were computed from: predicted and measured latency of every held-out network, in ms."""
+    predict, macs, base = model.predictor(space), CostModel(space).macs, model.about["reference_ms"]
+    return [
+        {
+            "arch": str(arch),
+            "macs": macs(arch),
+            "predicted_ms": predict(arch),
+            "measured_ms": timings[str(arch)].ratio * base,
+            "spread_ms": timings[str(arch)].spread * base,
+        }
+        for arch in held_out
+    ]
 
 
 def show(model: LatencyModel, file: Path) -> None:

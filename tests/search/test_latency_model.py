@@ -167,6 +167,8 @@ def test_a_table_is_measured_in_pieces_and_predicts(tmp_path, monkeypatch, capsy
     assert figures["held_out"] == 5
     assert figures.keys() >= {"mape", "max_error", "kendall_tau", "backend", "device", "batch", "precision"}
     assert 0 < figures["mape"] <= figures["max_error"]
+    off = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in figures["networks"]]
+    assert (sum(off) / 5, max(off)) == (pytest.approx(figures["mape"]), pytest.approx(figures["max_error"]))
     assert "on 5 held-out networks" in capsys.readouterr().out
 
     model = LatencyModel.load(Path(figures["file"]))
