@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class QualityArguments:
     finalists: int = 5
     """Networks of each search that are timed."""
     seeds: int = 3
-    """Searches of each kind in the comparison of hypervolumes."""
+    """Searches of each kind in both comparisons."""
     json: Path | None = None
     """File for the figures."""
 
@@ -85,7 +86,8 @@ def main() -> None:
         evaluate = trained.evaluator().evaluate
         space = trained.supernet.space
         figures = {
-            "equal_latency": equal_latencies(space, evaluate, table, arguments),
+            "equal_latency": (rows := equal_latencies(space, evaluate, table, arguments)),
+            "accuracy_under_latency_against_macs": won(rows),
             "hypervolume": hypervolumes(space, evaluate, arguments),
             "architectures": space.num_architectures,
             "latency_context": asdict(model.context),
@@ -97,27 +99,32 @@ def main() -> None:
 def equal_latencies(
     space: Space, evaluate: Evaluate, table: LatencyTable, arguments: QualityArguments
 ) -> list[dict[str, Any]]:
-    """For every limit, the winner under it, and the networks of searches under MACs limits that are as fast."""
+    """For every limit and seed, the winner under it, and those of searches under MACs limits that are as fast."""
     low, high = cost_ranges(space, constraints_for(space, (), table.predict), ("latency_ms",))["latency_ms"]
     rows = []
-    for share in arguments.limits:
+    for share, seed in product(arguments.limits, range(arguments.seeds)):
         limit = Limit("latency_ms", high=low + share * (high - low))
         for tried in (limit, *(Limit("macs", high=macs) for macs in macs_of(space, table, limit, arguments.budgets))):
-            found = best_found(space, evaluate, table, tried, arguments.config(0))
+            found = best_found(space, evaluate, table, tried, arguments.config(seed))
             winner = _fastest_enough(space, table, found, limit.high, arguments.finalists)
-            rows.append(
-                {
-                    "limit_ms": limit.high,
-                    "searched": str(tried),
-                    "evaluations": len(found),
-                    **(winner or {"why": _NONE}),
-                }
-            )
+            row = {"limit_ms": limit.high, "seed": seed, "searched": str(tried), "evaluations": len(found)}
+            rows.append({**row, **(winner or {"why": _NONE})})
             print(
-                f"at {limit.high:.4f} ms, search for {tried}: "
+                f"at {limit.high:.4f} ms, seed {seed}, search for {tried}: "
                 + (f"top-1 {winner['top1']:.4f}, {winner['measured_ms']:.4f} ms measured" if winner else _NONE)
             )
     return rows
+
+
+def won(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """In how many comparisons of equal evaluations the search under latency is more, as, and less accurate."""
+    counts = {"more": 0, "as": 0, "less": 0}
+    best = {(row["limit_ms"], row["seed"]): row.get("top1", 0.0) for row in rows if "latency" in row["searched"]}
+    for row in rows:
+        if "latency" not in row["searched"]:
+            ours, theirs = best[row["limit_ms"], row["seed"]], row.get("top1", 0.0)
+            counts["more" if ours > theirs else "as" if ours == theirs else "less"] += 1
+    return counts
 
 
 _NONE = "nothing is fast enough"
