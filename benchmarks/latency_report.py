@@ -2,6 +2,7 @@
 
 import csv
 import io
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.atomic import write_atomically
+
+BUSY = 1.1
+"""Slowdown, median of all rows, from which the user is told that something else was running."""
 
 
 def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -66,12 +70,15 @@ def show(rows: list[dict[str, Any]], engines: list[dict[str, Any]]) -> None:
             *(f"{row['engine_bytes'] / 1e6:.2f}", f"{row['max_abs_error']:.1e}", f"{row['top1_agreement']:.1%}"),
         )
     console.print(table)
+    slowdown = statistics.median([row.get("slowdown", 1.0) for row in rows] or [1.0])
+    if slowdown > BUSY:
+        print(f"the machine was busy: the median row took {slowdown:.2f} times what it took in its fastest pass")
     if engines:
-        table = Table("engine built ahead of time", "target", "precision", "MB", "seconds")
+        table = Table("engine built ahead of time", "target", "precision", "MB", "layers", "seconds")
         for row in engines:
             if "bytes" in row:
-                size, seconds = f"{row['bytes'] / 1e6:.2f}", f"{row['build_seconds']:.1f}"
-                table.add_row(f"{row['backend']} {row['version']}", row["target"], row["precision"], size, seconds)
+                figures = (f"{row['bytes'] / 1e6:.2f}", str(row["layers"]), f"{row['build_seconds']:.1f}")
+                table.add_row(f"{row['backend']} {row['version']}", row["target"], row["precision"], *figures)
         console.print(table)
     for row in (*rows, *engines):
         if "why" in row:

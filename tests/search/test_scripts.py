@@ -13,6 +13,7 @@ import torch
 import benchmarks.latency
 import engine.export
 from benchmarks.latency import LatencyArguments
+from benchmarks.latency_report import show
 from engine.chosen_network import choose_network, network_file
 from engine.cost import CostModel
 from engine.distributed import Process
@@ -253,6 +254,20 @@ def test_latency_has_a_row_or_a_reason_for_every_backend(tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     for row in figures["rows"]:
         assert row.get("why", "images/s") in printed
+    for built in figures["engines"]:  # where tensorrt-rtx is installed
+        layers = read(Path(built["file"]).with_suffix(".layers.json"))
+        assert len(layers) == built["layers"] > 10
+        assert layers[0].keys() == {"kind", "name", "operators"}
+        assert Path(built["file"]).stat().st_size == built["bytes"]
+
+
+def test_a_busy_machine_is_told(capsys):
+    row = {"network": "n", "backend": "torch-cpu", "precision": "fp32", "batch": 1, "images_per_s": 1.0, "macs": 1}
+    row |= {"p50_ms": 1.0, "p90_ms": 1.0, "p99_ms": 1.0, "engine_bytes": 1, "max_abs_error": 0.0, "top1_agreement": 1.0}
+    show([{**row, "slowdown": 1.05}], [])
+    assert "busy" not in capsys.readouterr().out
+    show([{**row, "slowdown": 1.05}, {**row, "slowdown": 1.3}, {**row, "slowdown": 1.2}], [])
+    assert "the median row took 1.20 times what it took in its fastest pass" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
