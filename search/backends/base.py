@@ -90,7 +90,7 @@ class Session(Protocol):
         ...
 
     def layer_times_ms(self, repeats: int) -> list[tuple[str, float]]:
-        """Mean milliseconds of every layer that the backend runs, in order; apart from timing, which it disturbs."""
+        """Median milliseconds of every layer that the backend runs, in order; apart from timing, which it disturbs."""
         ...
 
 

@@ -72,7 +72,7 @@ class OnnxRuntimeSession:
         return self._binding.copy_outputs_to_cpu()[0]
 
     def layer_times_ms(self, repeats: int) -> list[tuple[str, float]]:
-        """Mean time of every kernel, in order, from a second session that ONNX Runtime profiles."""
+        """Median time of every kernel, in order, from a second session that ONNX Runtime profiles."""
         options = self._session.get_session_options()
         with TemporaryDirectory() as directory:
             options.enable_profiling = True
@@ -86,4 +86,4 @@ class OnnxRuntimeSession:
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
                 name = f"{event['args']['op_name']} {event['name'].removesuffix('_kernel_time')}"
                 times.setdefault(name, []).append(event["dur"] / 1e3)
-        return [(name, float(np.mean(values[_UNCOUNTED:] or values))) for name, values in times.items()]
+        return [(name, float(np.median(values[_UNCOUNTED:] or values))) for name, values in times.items()]

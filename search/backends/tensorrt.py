@@ -125,18 +125,18 @@ class TensorRTSession:
         self._stream.synchronize()
 
     def layer_times_ms(self, repeats: int) -> list[tuple[str, float]]:
-        """Mean time of every layer of the engine, in order. Layers are timed one by one, so their sum exceeds a run."""
-        times: dict[str, float] = {}
+        """Median time of every layer of the engine, in order. Layers run one by one, so their sum exceeds a run."""
+        times: dict[str, list[float]] = {}
 
         class Profiler(self._trt.IProfiler):  # type: ignore[name-defined]
             def report_layer_time(self, layer: str, ms: float) -> None:
-                times[layer] = times.get(layer, 0.0) + ms / repeats
+                times.setdefault(layer, []).append(ms)
 
         self._context.profiler = Profiler()
         for _ in range(repeats):
             self._launch()
             self._stream.synchronize()
-        return list(times.items())
+        return [(name, float(np.median(values))) for name, values in times.items()]
 
     def logits(self) -> npt.NDArray[np.float32]:
         return self._logits.cpu().numpy()

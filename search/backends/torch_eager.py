@@ -61,8 +61,8 @@ class TorchSession:
 
     @torch.inference_mode()
     def layer_times_ms(self, repeats: int) -> list[tuple[str, float]]:
-        """Mean time of every leaf module, in order, the device waited for after each."""
-        times: dict[str, float] = {}
+        """Median time of every leaf module, in order, the device waited for after each."""
+        times: dict[str, list[float]] = {}
         started: dict[str, float] = {}
 
         def now() -> float:
@@ -74,7 +74,7 @@ class TorchSession:
             started[name] = now()
 
         def after(name: str) -> None:
-            times[name] = times.get(name, 0.0) + (now() - started[name]) * 1e3 / repeats
+            times.setdefault(name, []).append((now() - started[name]) * 1e3)
 
         hooks = []
         for name, layer in self._network.named_modules():
@@ -88,7 +88,7 @@ class TorchSession:
             self.run()
         for hook in hooks:
             hook.remove()
-        return list(times.items())
+        return [(name, float(np.median(values))) for name, values in times.items()]
 
     def logits(self) -> npt.NDArray[np.float32]:
         return self._logits.float().cpu().numpy()
