@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.search_quality import QualityArguments, hypervolumes, won
 from engine.cost import CostModel
 from engine.distributed import Process
 from engine.errors import UserError
@@ -262,3 +263,24 @@ def test_lists_are_written_with_spaces_or_commas(tmp_path):
     assert EvolveArguments(run=tmp_path, objectives=("top1,macs", "latency")).goals == ("top1", "macs", "latency")
     assert EvolveArguments(run=tmp_path, budgets=("1M,2M", "3M")).all_budgets == ("1M", "2M", "3M")
     assert isinstance(constraints_for(small_space(), ()), Constraints)
+
+
+def test_the_quality_benchmark_counts_comparisons_and_shares_evaluations(tmp_path):
+    rows = [
+        {"limit_ms": 1.0, "seed": 0, "searched": "latency_ms <= 1", "top1": 0.9},
+        {"limit_ms": 1.0, "seed": 0, "searched": "macs <= 1M", "top1": 0.8},
+        {"limit_ms": 1.0, "seed": 0, "searched": "macs <= 2M", "top1": 0.9},
+        {"limit_ms": 1.0, "seed": 0, "searched": "macs <= 3M", "why": "nothing is fast enough"},
+        {"limit_ms": 1.0, "seed": 1, "searched": "latency_ms <= 1", "top1": 0.7},
+        {"limit_ms": 1.0, "seed": 1, "searched": "macs <= 1M", "top1": 0.8},
+    ]
+    assert won(rows) == {"more": 2, "as": 1, "less": 1}
+    space = imagenet_space()
+    arguments = QualityArguments(run=tmp_path, population=15, iterations=1, seeds=1)
+    figures = hypervolumes(space, Toy(uniform_arch(space, random.Random(1))), arguments)
+    assert (figures["rows"][0]["evaluations_nsga2"], figures["rows"][0]["evaluations_budgets"]) == (30, 30)
+    assert 0 < figures["budgets"] < 1
+    with pytest.raises(UserError, match="population 14: give a multiple of the 5 budgets"):
+        QualityArguments(run=tmp_path, population=14)
+    with pytest.raises(UserError, match="limits are above 0 and at most 1"):
+        QualityArguments(run=tmp_path, limits=(1.5,))
