@@ -47,6 +47,8 @@ class Score(NamedTuple):
     images: int
     correct1: int
     correct5: int
+    complete: bool = True
+    """Whether the evaluation set has no other images."""
 
 
 class Evaluator:
@@ -112,7 +114,7 @@ class Evaluator:
                 start = min(seen.values())
                 stop = min((s for s in seen.values() if s > start), default=images)
                 job.run([arch for arch in pending if seen[arch] == start], start, stop)
-        return [_score(job.tallies[arch]) for arch in archs]
+        return [self._score(job.tallies[arch]) for arch in archs]
 
     def place(self, archs: Sequence[Arch], quotas: Quotas, *, confidence: float = 0.999) -> Placement:
         """Which architectures are the best and the worst, each evaluated only until its place is certain.
@@ -127,6 +129,12 @@ class Evaluator:
             raise UserError("early decisions need bn running; evaluate all images to score with bn recalibrate")
         with self._job("placing subnets", archs) as job:
             return place_early(archs, quotas, confidence, len(self.data), job.tallies, job.run)
+
+    def seen_so_far(self, archs: Sequence[Arch]) -> list[Score]:
+        """What is stored of architectures that `place` has seen, on the images that each saw; nothing is computed."""
+        key = StoreKey(weights_fingerprint(self.supernet), *self._fingerprints)
+        tallies = self._known(key, list(dict.fromkeys(archs)))
+        return [self._score(tallies[arch]) for arch in archs]
 
     # ---- one call
 
@@ -149,6 +157,18 @@ class Evaluator:
                 advance=bar.advance,
             )
             yield _Job(runner, self.store if self.ranks.rank == 0 else None, key, tallies)
+
+    def _score(self, tally: Tally) -> Score:
+        images = tally.seen
+        return Score(
+            top1=tally.correct1 / images,
+            top5=tally.correct5 / images,
+            loss=tally.loss_sum / images,
+            images=images,
+            correct1=tally.correct1,
+            correct5=tally.correct5,
+            complete=images == len(self.data),
+        )
 
     def _known(self, key: StoreKey, archs: Sequence[Arch]) -> dict[Arch, Tally]:
         stored = self.store.load(key) if self.ranks.rank == 0 else {}
@@ -187,15 +207,3 @@ def weights_fingerprint(supernet: Supernet) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _score(tally: Tally) -> Score:
-    images = tally.seen
-    return Score(
-        top1=tally.correct1 / images,
-        top5=tally.correct5 / images,
-        loss=tally.loss_sum / images,
-        images=images,
-        correct1=tally.correct1,
-        correct5=tally.correct5,
-    )

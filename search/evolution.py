@@ -30,6 +30,10 @@ class Score(Protocol):
     def top5(self) -> float: ...
     @property
     def loss(self) -> float: ...
+    @property
+    def complete(self) -> bool:
+        """Whether it is of all images, not only of as many as showed that others are better."""
+        ...
 
 
 Evaluate = Callable[[list[Arch]], Sequence[Score]]
@@ -87,10 +91,12 @@ class Candidate:
     """One-shot accuracy on the search-validation images, 0 to 1."""
     top5: float
     loss: float
+    complete: bool = True
+    """Whether the accuracy is of all images; if not, others are certainly better (search/race.py)."""
 
-    def rank_key(self) -> tuple[float, float, float]:
-        """Sorts the best first: accuracy, then loss, then MACs."""
-        return (-self.top1, self.loss, self.costs.get("macs", 0))
+    def rank_key(self) -> tuple[bool, float, float, float]:
+        """Sorts the best first: complete scores, then accuracy, then loss, then MACs."""
+        return (not self.complete, -self.top1, self.loss, self.costs.get("macs", 0))
 
 
 Generation = list[Candidate]
@@ -138,6 +144,7 @@ def score(archs: list[Arch], evaluate: Evaluate, constraints: Constraints) -> Ge
             score.top1,
             score.top5,
             score.loss,
+            score.complete,
         )
         for arch, score in zip(archs, evaluate(archs), strict=True)
     ]

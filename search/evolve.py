@@ -71,6 +71,8 @@ class EvolveArguments:
     """Seed of everything random in the search."""
     bn: Literal["running", "recalibrate"] | None = None
     """Statistics of scored subnets; by default as in the run's shrink steps."""
+    confidence: float | None = None
+    """Stop scoring a subnet that is no parent at this confidence, as 0.999; by default all images are seen."""
     kernels: str | None = None
     """Kernel backend to force: reference, triton or onednn."""
     json: Path | None = None
@@ -82,6 +84,8 @@ class EvolveArguments:
             raise UserError(f"objectives {','.join(goals)}: give top1 first, then any of {', '.join(OBJECTIVES)}, once")
         if self.budgets and (self.max_macs or len(goals) > 1):
             raise UserError("--budgets sets the limit on MACs of single-objective searches; leave out the other option")
+        if self.confidence is not None and len(goals) > 1:
+            raise UserError("--confidence is for the search of the best top1; a Pareto set needs the scores of all")
         if self.max_latency_ms is not None and not self.max_latency_ms > 0:
             raise UserError(f"latency limit {self.max_latency_ms} ms; it must be above 0")
         if not 0 <= self.finalists <= MOST_FINALISTS:
@@ -159,6 +163,7 @@ def main() -> None:
                 objectives=arguments.goals,
                 table=table,
                 finalists=arguments.finalists,
+                confidence=arguments.confidence,
             )
             for limits in requested
         ]

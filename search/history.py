@@ -88,12 +88,15 @@ class History:
 
 
 def accuracy_front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that no other beats in both top-1 and MACs, by ascending MACs."""
-    return pareto_set(candidates, cost=lambda c: c.costs["macs"], value=lambda c: c.top1)
+    """The candidates with complete scores that no other beats in both top-1 and MACs, by ascending MACs."""
+    complete = [candidate for candidate in candidates if candidate.complete]
+    return pareto_set(complete, cost=lambda c: c.costs["macs"], value=lambda c: c.top1)
 
 
 def _to_json(candidate: Candidate) -> dict[str, Any]:
-    scores = {"top1": candidate.top1, "top5": candidate.top5, "loss": candidate.loss}
+    scores: dict[str, Any] = {"top1": candidate.top1, "top5": candidate.top5, "loss": candidate.loss}
+    if not candidate.complete:
+        scores["complete"] = False
     return {"arch": str(candidate.arch), **candidate.costs, **scores}
 
 
@@ -107,5 +110,6 @@ def _generations(state: Any, file: Path) -> list[Generation]:
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:
+    complete = row.pop("complete", True)
     arch, top1, top5, loss = (row.pop(name) for name in ("arch", "top1", "top5", "loss"))
-    return Candidate(Arch.parse(arch), row, top1, top5, loss)
+    return Candidate(Arch.parse(arch), row, top1, top5, loss, complete)

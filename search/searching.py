@@ -17,6 +17,7 @@ from search.evolution import Candidate, Evaluate, EvolutionConfig, Generation, e
 from search.finalists import LatencyTable, fastest_inside, measured_ms
 from search.history import History, accuracy_front
 from search.nsga2 import evolve_front, hypervolume, pareto_front
+from search.race import Race
 from search.reporter import Reporter, print_finalists, print_result
 from search.sampler import Sampler
 
@@ -30,6 +31,7 @@ def search(
     objectives: tuple[str, ...] = ("top1",),
     table: LatencyTable | None = None,
     finalists: int = 5,
+    confidence: float | None = None,
 ) -> dict[str, Any]:
     """Run or continue one search; the main process stores and shows it. Returns the figures of --json."""
     process, space = trained.process, trained.supernet.space
@@ -41,6 +43,7 @@ def search(
         "weights": weights_fingerprint(trained.supernet),
         "images": trained.search_val.fingerprint,
         "bn": evaluator.bn,
+        **({} if confidence is None else {"confidence": str(confidence)}),
     }
     costs = cost_names(objectives)
     history = History.of(trained.run.search, space, constraints, config, scored_by, _more(objectives, table))
@@ -49,7 +52,11 @@ def search(
     known = {candidate.arch for generation in (*generations, others) for candidate in generation}
     front_of = partial(pareto_front, costs=costs) if costs else accuracy_front
     reporter = Reporter(config.iterations, front_of, enabled=process.is_main)
-    for generation in _generations(space, constraints, evaluator.evaluate, config, costs, generations):
+    evaluate: Evaluate = evaluator.evaluate
+    if confidence is not None:
+        complete = [c.arch for generation in generations for c in generation if c.complete]
+        evaluate = Race(evaluator, config.parents, confidence, complete)
+    for generation in _generations(space, constraints, evaluate, config, costs, generations):
         generations.append(generation)
         on_main(process, lambda: history.save(generations))
         reporter.show(generations)
@@ -59,6 +66,7 @@ def search(
     figures: dict[str, Any] = {
         "evaluations": len(found),
         "reused": sum(candidate.arch in known for candidate in found),
+        "decided_early": sum(not candidate.complete for candidate in found),
         "limits": history.request["limits"],
         "objectives": list(objectives),
         "pareto": len(front),

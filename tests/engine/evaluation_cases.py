@@ -91,6 +91,13 @@ def loop_logits(supernet: Supernet, data: ArrayImages, archs: Sequence[Arch]) ->
     return torch.stack([supernet(images, arch) for arch in archs])
 
 
+def labelled_images(supernet: Supernet, arch: Arch, count: int) -> ArrayImages:
+    """Random images whose labels are the answers of one subnet, so that others differ in how often they agree."""
+    data = random_images(count, classes=supernet.space.classes)
+    data.labels = loop_logits(supernet, data, [arch])[0].argmax(1).numpy()
+    return data
+
+
 @torch.no_grad()
 def recalibrated_alone(supernet: Supernet, data: ArrayImages, arch: Arch, batch: int) -> Supernet:
     """A copy of the supernet whose statistics on the path of one architecture are its own."""

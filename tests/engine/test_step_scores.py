@@ -12,13 +12,7 @@ from engine.sampling import fair_archs
 from engine.shrink import importance, shrink
 from engine.step_scores import score_thirds
 from engine.trained_run import TrainedRun
-from tests.engine.evaluation_cases import (
-    ArrayImages,
-    loop_logits,
-    random_images,
-    small_space,
-    trained_like_supernet,
-)
+from tests.engine.evaluation_cases import labelled_images, random_images, small_space, trained_like_supernet
 from tests.engine.training_cases import make_trainer, tiny_config
 from tests.search.runs import untrained_run
 
@@ -27,14 +21,7 @@ ARCHS = fair_archs(small_space(), seed=1, count=24)
 IMAGES = 1280
 
 
-def labelled_images() -> ArrayImages:
-    """Labels are the answers of one subnet, so that the others differ in how often they agree."""
-    data = random_images(IMAGES)
-    data.labels = loop_logits(SUPERNET, data, ARCHS[:1])[0].argmax(1).numpy()
-    return data
-
-
-DATA = labelled_images()
+DATA = labelled_images(SUPERNET, ARCHS[0], IMAGES)
 
 
 def evaluator(**options) -> Evaluator:

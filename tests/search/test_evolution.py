@@ -20,6 +20,7 @@ class ToyScore(NamedTuple):
     top1: float
     top5: float = 1.0
     loss: float = 0.0
+    complete: bool = True
 
 
 class Toy:
