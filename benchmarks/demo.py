@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+from engine.preemption import EXIT_CONTINUE, GRACE_SECONDS, Preempted, handle_signals
+
+if __name__ == "__main__":
+    handle_signals()  # before the imports below, which take seconds
+
+import psutil
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -75,12 +82,29 @@ def run_pipeline(arguments: DemoArguments) -> dict[str, Any]:
         shown = [Path(command[0]).name, *command[1:]]
         print(f"\n$ {' '.join(shown)} --run {arguments.run}", flush=True)
         began = time.perf_counter()
-        done = subprocess.run([*command, "--run", str(path), "--json", str(file)], cwd=ROOT, env=_environment())
-        if done.returncode:
-            raise UserError(f"the step {name} ended with exit code {done.returncode}; its message is above")
+        code = run_step([*command, "--run", str(path), "--json", str(file)])
+        if code == EXIT_CONTINUE:
+            raise Preempted(f"the step {name} was stopped; the same command continues")
+        if code:
+            raise UserError(f"the step {name} ended with exit code {code}; its message is above")
         figures[name] = read_json(file)
         figures[f"seconds_{name}"] = time.perf_counter() - began
     return figures
+
+
+def run_step(command: list[str]) -> int:
+    """The exit code of a command; told to stop, its processes are told too, and have saved when this ends."""
+    step = subprocess.Popen(command, cwd=ROOT, env=_environment())
+    try:
+        return step.wait()
+    except Preempted:
+        with suppress(psutil.NoSuchProcess):
+            everyone = [psutil.Process(step.pid), *psutil.Process(step.pid).children(recursive=True)]
+            for process in everyone:
+                with suppress(psutil.NoSuchProcess):
+                    process.terminate()
+            psutil.wait_procs(everyone, timeout=GRACE_SECONDS)
+        raise
 
 
 def _launcher(processes: int) -> list[str]:

@@ -15,16 +15,16 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from engine.atomic import sync_directory, write_atomically, write_error
+from engine.atomic import write_atomically, write_error
 from engine.config import from_json
 from engine.errors import MachineError, UserError
 from engine.rundir import json_bytes, read_json
 from engine.space import Space
+from engine.tensor_file import read_tensors, write_tensors
 
 FORMAT = 2
 """Version of the layout of both files."""
@@ -118,7 +118,7 @@ def write_checkpoint(directory: Path, about: Written, state: Mapping[str, Any]) 
     """Write a checkpoint and its manifest, whole or not at all. Raises `UserError` or `MachineError` when it cannot."""
     file = directory / f"{about.name}.pt"
     try:
-        size, digest = _write_file(file, {"format": FORMAT, **state})
+        size, digest = write_tensors(file, {"format": FORMAT, **state})
         manifest = Manifest(format=FORMAT, bytes=size, sha256=digest, **_fields(about))
         write_atomically(manifest_file(file), json_bytes(asdict(manifest)))
     except OSError as error:
@@ -135,51 +135,6 @@ def _cannot_write(file: Path, error: UserError) -> UserError:
 
 def _fields(about: Written) -> dict[str, Any]:
     return {name: getattr(about, name) for name in about.__dataclass_fields__}
-
-
-def _write_file(file: Path, state: Mapping[str, Any]) -> tuple[int, str]:
-    """(bytes, SHA-256) of the file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb", buffering=0) as handle:
-            hashed = _HashedFile(handle)
-            torch.save(dict(state), cast(IO[bytes], hashed))
-            if hashed.error is not None:
-                raise hashed.error
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-        sync_directory(file.parent)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    return hashed.size, hashed.digest.hexdigest()
-
-
-class _HashedFile:
-    """Hashes what is written. A failure is kept instead of raised: torch's writer would end the process over it."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-        self.digest = hashlib.sha256()
-        self.size = 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.digest.update(view)
-        self.size += len(view)
-        written = 0
-        try:
-            while self.error is None and written < len(view):
-                written += self._handle.write(view[written:])
-        except OSError as error:
-            self.error = error
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
 
 
 def remove_old(directory: Path, last: int) -> None:
@@ -360,11 +315,10 @@ def damage(checkpoint: Checkpoint) -> str | None:
 def read_state(file: Path) -> dict[str, Any]:
     """What was written, on the CPU. Raises `UserError` for a damaged file or another format."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        state = read_tensors(file)
+    except ValueError as error:
         raise UserError(
-            f"checkpoint {file} cannot be read: {reason}; remove it to continue from the one before"
+            f"checkpoint {file} cannot be read: {error}; remove it to continue from the one before"
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{file} is no checkpoint of format {FORMAT}; use a file that this version wrote")
@@ -375,15 +329,24 @@ def load_checkpoint(file: Path, full_space: Space) -> tuple[Space, Progress, dic
     """(space at that time, progress, everything else). Raises `UserError` for a damaged file or another space's."""
     state = read_state(file)
     try:
-        space, progress = Space.from_json(state.pop("space")), Progress(**state.pop("progress"))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file} is no checkpoint of a supernet: {error}; use the run's own files") from None
+        space = Space.from_json(state.pop("space", None))
+    except UserError as error:
+        raise UserError(f"checkpoint {file}: {error}") from None
+    progress = take_progress(state, file)
     if space.fingerprint != full_space.fingerprint:
         raise UserError(
             f"checkpoint {file} belongs to another search space than the run's: {_difference(space, full_space)}; "
             "use the run's own files"
         )
     return space, progress, state
+
+
+def take_progress(state: dict[str, Any], file: Path) -> Progress:
+    """Take the progress out of a state. Raises `UserError` when it is none."""
+    values = state.pop("progress", None)
+    if not isinstance(values, dict) or values.keys() != Progress().__dict__.keys():
+        raise UserError(f"{file} says nothing of a training's progress; use the run's own files")
+    return Progress(**values)
 
 
 def _difference(theirs: Space, ours: Space) -> str:

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -178,7 +179,8 @@ def note_activity(doing: str, done: float, total: float | None, *, unit: str = "
         return
     _State.noted = time.time()
     values = {"doing": doing, "done": done, "total": total, "unit": unit, "started": started, "time": _State.noted}
-    write_atomically(_State.activity_file, json.dumps({**values, **more}).encode())
+    with suppress(UserError):  # a note that cannot be written stops nothing
+        write_atomically(_State.activity_file, json.dumps({**values, **more}).encode(), durable=False)
 
 
 # ---- progress bars

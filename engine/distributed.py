@@ -4,7 +4,8 @@ import logging
 import os
 import socket
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -102,6 +103,14 @@ def on_main(process: Process, action: Callable[[], Result]) -> Result:
         told.told = not process.is_main
         raise told
     return outcome[0]
+
+
+@contextmanager
+def entered_by_main(process: Process, context: AbstractContextManager[None]) -> Iterator[None]:
+    """Enter a context, as a lock, on the main process alone; every rank gets the `UserError` of entering it."""
+    with ExitStack() as stack:
+        on_main(process, lambda: stack.enter_context(context))
+        yield
 
 
 def gather_to_main(process: Process, tensor: torch.Tensor) -> torch.Tensor | None:

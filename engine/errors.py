@@ -6,7 +6,7 @@ import sqlite3
 import sys
 from collections.abc import Callable
 
-from engine.preemption import Preempted, handle_signals
+from engine.preemption import Preempted, handle_signals, started
 
 EXIT_USER_ERROR = 2
 EXIT_MACHINE_ERROR = 3
@@ -73,6 +73,7 @@ def run(main: Callable[[], None]) -> None:
     """
     handle_signals()
     try:
+        started()
         main()
     except Preempted as stop:
         _leave(stop.message, stop.code, told=_rank() != 0)

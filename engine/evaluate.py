@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import distributed as dist
@@ -24,6 +24,7 @@ from engine.early_decisions import Placement, Quotas, place_early
 from engine.errors import UserError
 from engine.evaluation_progress import EvaluationProgress
 from engine.memory import Memory
+from engine.preemption import deferred, stop_here
 from engine.rounds import Ranks, RoundRunner, recalibration_batch
 from engine.scored_images import Images, ScoredImages
 from engine.space import Arch
@@ -145,7 +146,8 @@ class Evaluator:
         key = StoreKey(weights_fingerprint(self.supernet), *self._fingerprints)
         tallies = self._known(key, list(dict.fromkeys(archs)))
         missing = sum(len(self.data) - tally.seen for tally in tallies.values())
-        with EvaluationProgress(self.progress and self.ranks.rank == 0 and missing > 0, title, missing) as bar:
+        shown = self.progress and self.ranks.rank == 0 and missing > 0
+        with deferred(), EvaluationProgress(shown, title, missing) as bar:
             runner = RoundRunner(
                 self.supernet,
                 self.data,
@@ -171,13 +173,27 @@ class Evaluator:
         )
 
     def _known(self, key: StoreKey, archs: Sequence[Arch]) -> dict[Arch, Tally]:
-        stored = self.store.load(key) if self.ranks.rank == 0 else {}
-        tallies = [stored.get(str(arch), Tally()) for arch in archs]
+        box: list[Any] = [None]
+        if self.ranks.rank == 0:
+            try:
+                box[0] = self._stored(key, archs)
+            except UserError as error:
+                box[0] = error
         if self.ranks.world > 1:
-            box = [tallies]
             dist.broadcast_object_list(box, src=0)
-            tallies = box[0]
-        return dict(zip(archs, tallies, strict=True))
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return dict(zip(archs, box[0], strict=True))
+
+    def _stored(self, key: StoreKey, archs: Sequence[Arch]) -> list[Tally]:
+        stored = self.store.load(key)
+        tallies = [stored.get(str(arch), Tally()) for arch in archs]
+        if any(tally.seen > len(self.data) for tally in tallies):
+            raise UserError(
+                f"stored evaluations are of more images than the {len(self.data)} of this set; "
+                "restore the file of evaluations, or remove it to score anew"
+            )
+        return tallies
 
 
 @dataclass
@@ -190,13 +206,17 @@ class _Job:
     tallies: dict[Arch, Tally]
 
     def run(self, archs: Sequence[Arch], start: int, stop: int) -> None:
-        """Add images start..stop-1 to the tallies of architectures that saw the `start` before; saved every round."""
+        """Add images start..stop-1 to the tallies of architectures that saw the `start` before; saved every round.
+
+        Raises `Preempted` between rounds when a rank was told to stop: the next evaluation goes on from there.
+        """
         for part in self.runner.parts(archs):
             for counts in self.runner.rounds(part, start, stop):
                 for arch, tally in zip(part, counts.tallies(), strict=True):
                     self.tallies[arch] = self.tallies[arch].plus(tally)
                 if self.store is not None:
                     self.store.save(self.key, {str(arch): self.tallies[arch] for arch in part})
+                stop_here(agreed=self.runner.ranks.told_to_stop())
 
 
 def weights_fingerprint(supernet: Supernet) -> str:

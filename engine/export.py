@@ -17,6 +17,11 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from engine.preemption import handle_signals
+
+if __name__ == "__main__":
+    handle_signals()  # before the imports below, which take seconds
+
 from engine.chosen_network import ChosenNetwork, choose_network
 from engine.cli import parse, write_figures
 from engine.cost import CostModel

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -72,7 +72,8 @@ def recorded(run: RunDir, script: str, *, device: torch.device | None = None) ->
         joules = energy.joules()
         if joules is not None:
             end["joules_of_main_device"] = joules
-        _append(run, end)
+        with suppress(OSError):  # a full disk has been told by what it stopped
+            _append(run, end)
 
 
 def now() -> str:

@@ -100,8 +100,9 @@ class MetricsLog:
             self._tensorboard.add_histogram(tag, torch.tensor(values), epoch)
 
     def bytes_written(self) -> int:
-        """Length of the file, for a checkpoint."""
+        """Length of the file, which is on the disk then: for a checkpoint."""
         self._file.flush()
+        os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:

@@ -1,41 +1,50 @@
 """Released networks on disk: one file with the architecture, its space and the weights."""
 
-import os
 from pathlib import Path
 
-import torch
-
+from engine.atomic import write_error
+from engine.cost import CostModel
 from engine.errors import UserError
 from engine.space import Arch, Space
 from engine.subnet import Subnet
+from engine.tensor_file import load_weights, read_tensors, write_tensors
 
 FORMAT = 1
 """Version of the file layout."""
 
 
 def save_network(file: Path, network: Subnet) -> None:
-    """Write a released network; the file appears whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
+    """Write a released network; the file appears whole or not at all.
+
+    Raises `UserError` for a place that cannot be written and `MachineError` when the disk is full or fails.
+    """
     content = {
         "format": FORMAT,
         "space": network.space.to_json(),
         "arch": str(network.arch),
         "network": network.state_dict(),
     }
-    torch.save(content, temporary)
-    os.replace(temporary, file)
+    try:
+        write_tensors(file, content)
+    except OSError as error:
+        raise write_error(file, error) from None
 
 
 def load_network(file: Path) -> Subnet:
     """The network that `save_network` wrote, on the CPU, in evaluation mode. Raises `UserError` when it is none."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).splitlines()[0]
-        raise UserError(f"network {file} cannot be read: {reason}; give a file that retraining wrote") from None
+        content = read_tensors(file)
+    except ValueError as error:
+        raise UserError(f"network {file} cannot be read: {error}; give a file that retraining wrote") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{file} is no released network of format {FORMAT}; give a file that retraining wrote")
-    network = Subnet(Space.from_json(content["space"]), Arch.parse(content["arch"]))
-    network.load_state_dict(content["network"])
+    try:
+        space, arch = Space.from_json(content.get("space")), Arch.parse(str(content.get("arch")))
+        space.check(arch)
+    except UserError as error:
+        raise UserError(f"network {file}: {error}") from None
+    if 4 * CostModel(space).macs_and_params(arch)[1] > file.stat().st_size:  # before its size in memory is taken
+        raise UserError(f"network {file} is too small for the weights of {arch}; give a file that retraining wrote")
+    network = Subnet(space, arch)
+    load_weights(network, content.get("network"), file)
     return network.eval()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from engine.config import OptimizerConfig, Precision
 from engine.distributed import Process
 from engine.errors import UserError
 from engine.guard import Finiteness, RunningStatistics
+from engine.tensor_file import check_tensor, take
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -147,9 +149,26 @@ class Optimization:
         """What a checkpoint needs besides the network."""
         return {"optimizer": self.optimizer.state_dict(), "finiteness": self.finiteness.state()}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.finiteness.load(state["finiteness"])
+    def load_state(self, state: Mapping[str, Any], file: Path) -> None:
+        """Go on from what `state` wrote into `file`. Raises `UserError` when it does not fit the network."""
+        optimizer = take(state, "optimizer", dict, file)
+        own, given = self.optimizer.state_dict()["param_groups"], take(optimizer, "param_groups", list, file)
+        # The rate is set in every step, and other versions of torch have other settings besides.
+        settings = [[{k: g.get(k) for k in ("params", "momentum", "weight_decay")} for g in gs] for gs in (own, given)]
+        if settings[0] != settings[1]:
+            raise UserError(f"the optimizer in {file} has other parameters or settings; use the run's own files")
+        parameters = self.optimizer.param_groups[0]["params"]
+        for index, values in take(optimizer, "state", dict, file).items():
+            if index not in range(len(parameters)) or values.keys() != {"momentum_buffer"}:
+                raise UserError(f"the optimizer in {file} knows a parameter {index!r:.20}; use the run's own files")
+            check_tensor(values["momentum_buffer"], like=parameters[index], name=f"momentum {index}", file=file)
+        self.optimizer.load_state_dict(optimizer)
+        finiteness = take(state, "finiteness", dict, file)
+        for name, tensor in self.finiteness.state().items():
+            check_tensor(finiteness.get(name), like=tensor, name=name, file=file)
+        if not finiteness["scale"].isfinite() or finiteness["scale"] <= 0:
+            raise UserError(f"the loss scale in {file} is {finiteness['scale']}; it must be above 0")
+        self.finiteness.load(finiteness)
 
 
 def gradient_like(parameter: nn.Parameter) -> Tensor:

@@ -1,13 +1,17 @@
 """Which checkpoint a training goes on from, and what it says when that is not bit for bit the run it was."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine.checkpoint import Checkpoint, newest_checkpoint, set_newer_aside
-from engine.distributed import Process, on_main
+from engine.distributed import Process, gather_to_main, on_main
 from engine.errors import UserError
+from engine.metrics import Meter
+from engine.optimization import Optimization
+from engine.tensor_file import check_tensor
 
 
 def find_checkpoint(directory: Path, process: Process, data: str, say: Callable[[str], None]) -> Checkpoint | None:
@@ -55,3 +59,24 @@ def _find(directory: Path, process: Process, data: str, say: Callable[[str], Non
 def device_name(process: Process) -> str:
     """What computes: the GPU's name, or cpu."""
     return torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "cpu"
+
+
+def of_ranks(process: Process, optimization: Optimization, meter: Meter | None) -> dict[str, Any]:
+    """What differs between ranks inside an epoch, for the main process's checkpoint: statistics and sums."""
+    assert meter is not None
+    return {
+        "statistics_of_ranks": gather_to_main(process, optimization.statistics.values),
+        "meter_of_ranks": gather_to_main(process, meter.state()),
+    }
+
+
+def load_of_rank(
+    state: Mapping[str, Any], process: Process, optimization: Optimization, meter: Meter, file: Path
+) -> None:
+    """Give this rank its own part of `of_ranks` back. Raises `UserError` when it does not fit."""
+    own = {"statistics_of_ranks": optimization.statistics.values, "meter_of_ranks": meter.state()}
+    for name, tensor in own.items():
+        like = tensor.new_empty(1).expand(process.world_size, *tensor.shape)
+        check_tensor(state.get(name), like=like, name=name, file=file)
+    optimization.statistics.values.copy_(state["statistics_of_ranks"][process.rank])
+    meter.load(state["meter_of_ranks"][process.rank])

@@ -7,12 +7,16 @@ Without --arch it takes the best architecture of the latest search. A training t
 """
 
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from engine.preemption import handle_signals
+
+if __name__ == "__main__":
+    handle_signals()  # before the imports below, which take seconds
 
 import torch
 
@@ -20,7 +24,7 @@ from engine.chosen_network import network_file
 from engine.cli import load_deepspeed_overrides, parse, write_figures
 from engine.config import RetrainConfig, RunConfig, SafetyConfig
 from engine.cost import CostModel
-from engine.distributed import Process, on_main, start_process
+from engine.distributed import Process, entered_by_main, on_main, start_process
 from engine.errors import UserError, run
 from engine.evaluation_set import evaluation_set
 from engine.journal import recorded
@@ -64,7 +68,7 @@ def main() -> None:
     process = start_process(arguments.safety.timeout_minutes)
     force_kernels(arguments.kernels, process.device)
     run_dir = RunDir.open(arguments.run)
-    with run_dir.lock() if process.is_main else nullcontext(), recorded(run_dir, "retrain", device=process.device):
+    with entered_by_main(process, run_dir.lock()), recorded(run_dir, "retrain", device=process.device):
         figures = retrain(run_dir, arguments, process, overrides)
         if process.is_main:
             write_figures(arguments.json, figures)
@@ -127,7 +131,10 @@ def _best_arch(run_dir: RunDir) -> str:
         raise UserError(
             f"{run_dir.path} holds no search result; run search/evolve.py --run {run_dir.path} first, or give --arch"
         )
-    return read_json(file)["arch"]
+    best = read_json(file)
+    if not isinstance(best, dict) or not isinstance(best.get("arch"), str):
+        raise UserError(f"{file} names no architecture; run search/evolve.py again, or give --arch")
+    return best["arch"]
 
 
 def _check_free(run_dir: RunDir, request: dict[str, Any], overwrite: bool) -> None:

@@ -12,6 +12,7 @@ from engine.chunk_workers import RunAll, chunk_workers, worker_count
 from engine.errors import UserError
 from engine.folded import FoldedLayers
 from engine.memory import MIB, Memory, is_out_of_memory
+from engine.preemption import requested, stop_here
 from engine.prefix_tree import PrefixTree
 from engine.recalibration import RecalibratedLayers, StatisticsLayers, TreeStatistics, statistics_bytes
 from engine.scored_images import ScoredImages
@@ -43,6 +44,10 @@ class Ranks:
         tensor = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return int(tensor)
+
+    def told_to_stop(self) -> bool:
+        """Whether any rank was told to stop; equal on all."""
+        return self.smallest(-int(requested())) < 0
 
 
 class RoundRunner:
@@ -102,6 +107,8 @@ class RoundRunner:
                 yield counts.joined_over_ranks(self.ranks.world, mine[0][0] - first, last - first)
 
     def _advance(self, model_images: int) -> None:
+        if self.ranks.world == 1:  # several agree between rounds (engine/evaluate.py)
+            stop_here()
         self.advance(model_images * self.ranks.world)
 
     def _layers(self, tree: PrefixTree, run_all: RunAll) -> Layers:
@@ -142,6 +149,8 @@ class RoundRunner:
         runner = TreeRunner(tree, layers, self.memory, self.dtype)
 
         def run_batch(batch: int) -> None:
+            if self.ranks.world == 1:
+                stop_here()
             for _ in runner.run(images.normalized(batch * size, (batch + 1) * size, self.dtype)):
                 pass
 

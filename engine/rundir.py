@@ -62,7 +62,7 @@ class RunDir:
             raise UserError(
                 f"run directory {run.path} cannot be made: {error.strerror}; choose another --run"
             ) from None
-        foreign = [entry.name for entry in run.path.iterdir() if entry.name != "lock"]
+        foreign = [entry.name for entry in run.path.iterdir() if not _left_by_a_start(entry.name)]
         if foreign:
             raise UserError(
                 f"{run.path} is not empty ({foreign[0]}, ...) and holds no run; choose a new or empty directory"
@@ -120,6 +120,11 @@ class RunDir:
         while (file := self.space_file(len(spaces))).is_file():
             spaces.append(Space.from_json(read_json(file)))
         return spaces
+
+
+def _left_by_a_start(name: str) -> bool:
+    """Whether a start of a run that was killed at once leaves such a file."""
+    return name == "lock" or (name.startswith(".config.json.") and name.endswith(".tmp"))
 
 
 def json_bytes(data: Any) -> bytes:

@@ -59,6 +59,12 @@ class BlockDims(NamedTuple):
         return self.stride == 1 and self.in_channels == self.out_channels
 
 
+MOST = {"blocks": 1000, "kernels": 99, "expansions": 99, "channels": 99_999, "resolution": 10_000}
+"""Largest values of a table: what an architecture's text can say, and far beyond any network."""
+MOST_OPERATIONS = 10_000
+"""Of one block."""
+
+
 def _is_positive_integer(value: Any) -> bool:
     return type(value) is int and value >= 1  # True is no width, although it is an int
 
@@ -80,13 +86,18 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if not _is_positive_integer(self.blocks):
-            raise UserError(f"a cluster has {self.blocks} blocks; at least 1 is needed")
+            raise UserError(f"a cluster has {self.blocks!r:.40} blocks; at least 1 is needed")
         if not _is_positive_integer(self.stride) or self.stride > 2:
-            raise UserError(f"a cluster has stride {self.stride}; allowed are 1 and 2")
+            raise UserError(f"a cluster has stride {self.stride!r:.40}; allowed are 1 and 2")
         for name in ("kernels", "expansions", "channels"):
             options = getattr(self, name)
-            if not options or len(set(options)) != len(options) or not all(map(_is_positive_integer, options)):
-                raise UserError(f"{name} {options} of a cluster: give one or more different positive integers")
+            whole = isinstance(options, tuple) and all(map(_is_positive_integer, options))
+            if not whole or not options or len(set(options)) != len(options):
+                raise UserError(f"{name} {options!r:.80} of a cluster: give one or more different positive integers")
+            if max(options) > MOST[name]:
+                raise UserError(f"{name} {options!r:.80} of a cluster: allowed are at most {MOST[name]}")
+        if len(self.kernels) * len(self.expansions) * len(self.channels) > MOST_OPERATIONS:
+            raise UserError(f"a cluster has more than {MOST_OPERATIONS} operations; give fewer options")
         if any(kernel % 2 == 0 for kernel in self.kernels):
             raise UserError(f"kernels {self.kernels} of a cluster: kernel sizes must be odd")
 
@@ -172,8 +183,11 @@ class Space:
         for name in (
             "resolution", "input_channels", "classes", "stem_channels", "separable_channels", "tail_channels"
         ):  # fmt: skip
-            if not _is_positive_integer(getattr(self, name)):
-                raise UserError(f"{name} of a space is {getattr(self, name)}; it must be a positive integer")
+            value, most = getattr(self, name), MOST.get(name, MOST["channels"])
+            if not _is_positive_integer(value) or value > most:
+                raise UserError(f"{name} of a space is {value!r:.40}; it must be a positive integer of at most {most}")
+        if sum(cluster.blocks for cluster in self.clusters) > MOST["blocks"]:
+            raise UserError(f"a space has at most {MOST['blocks']} blocks; give clusters with fewer")
         if not self.live:
             object.__setattr__(self, "live", tuple(self.clusters[j].operations for j in self.block_cluster))
         self._check_live()

@@ -70,6 +70,9 @@ def load_or_create_split(
         raise UserError(
             f"split {where} names {error.args[0]}, which {root} does not hold; delete the split file"
         ) from None
+    held = np.bincount(files.labels[np.unique(indices)], minlength=len(classes))
+    if len(indices) != held.sum() or (held != per_class).any():
+        raise UserError(f"split {where} does not hold {per_class} images of each class; delete the split file")
     recorded = {**expected, "search_val": record["search_val"]}
     fingerprint = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()
     return Split(indices=indices, file=where, fingerprint=fingerprint)
@@ -88,8 +91,9 @@ def default_file(cache: Path, root: Path, per_class: int, seed: int) -> Path:
 def _read(where: Path) -> dict[str, list[str]]:
     try:
         record = json.loads(where.read_text())
-        record["search_val"], record["file_hash"]
-    except (OSError, ValueError, TypeError, KeyError):
+        if not all(type(name) is str for name in record["search_val"]) or not isinstance(record["file_hash"], str):
+            raise TypeError
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"split file {where} cannot be read; delete it to make a new split") from None
     return record  # type: ignore[no-any-return]
 

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.checkpoint import CheckpointWriter, Progress, Written, read_state
+from engine.checkpoint import Checkpoint, CheckpointWriter, Progress, Written, read_state, take_progress
 from engine.config import RunConfig, SafetyConfig
 from engine.data import Dataset
-from engine.distributed import Process, average_batchnorm, gather_to_main, on_main
+from engine.distributed import Process, average_batchnorm, on_main
 from engine.evaluation_set import EvaluationSet
 from engine.image_files import list_images
 from engine.loader import TrainLoader
 from engine.metrics import Meter, MetricsLog, Reporter
 from engine.optimization import Optimization, default_precision, learning_rate
-from engine.preemption import Preempted, deferred, signal_name
-from engine.resume import device_name, find_checkpoint
+from engine.preemption import Preempted, deferred, saving, signal_name
+from engine.resume import device_name, find_checkpoint, load_of_rank, of_ranks
 from engine.rundir import read_json, write_json
 from engine.subnet import Subnet
+from engine.tensor_file import load_weights, take
 from engine.watch import Watch
 
 
@@ -99,17 +100,20 @@ class StandaloneTrainer:
         checkpoints = directory / "checkpoints"
         found = find_checkpoint(checkpoints, process, data.fingerprint, self.reporter.say)
         state = read_state(found.file) if found else None
-        if state is not None:
-            network.load_state_dict(state["network"])
+        if found is not None and state is not None:
+            load_weights(network, state.get("network"), found.file)
         self.network = network.to(process.device)
         self.optimization = Optimization(self.network, optimizer, process, precision, deepspeed_overrides)
         if found is not None and state is not None:
-            self._load(state, whole_epoch=found.manifest.whole_epoch)
+            self._load(state, found)
+            self.reporter.say(
+                f"continues from {found.file.name}: epoch {self.progress.epoch + 1}, {self.progress.passes} steps made"
+            )
         self.log: MetricsLog | None = None
         if process.is_main:
             self.log = MetricsLog(
                 directory / "metrics.jsonl", directory / "tensorboard", resume_epoch=self.progress.epoch,
-                resume_bytes=state["metrics_bytes"] if state else 0,
+                resume_bytes=take(state, "metrics_bytes", int, found.file) if found and state else 0,
             )  # fmt: skip
         self.writer = CheckpointWriter(checkpoints, safety.checkpoints)
         self.watch = Watch(process, safety, self.writer, self.progress)
@@ -166,8 +170,10 @@ class StandaloneTrainer:
         """Nothing is half done here: stop when told to, and save when it is time."""
         if self.watch.stop:
             began = time.perf_counter()
-            self._save(whole_epoch=False)
-            on_main(self.process, self.writer.wait)
+            with saving():
+                on_main(self.process, self.writer.wait)  # all ranks learn of a write that failed
+                self._save(whole_epoch=False)
+                on_main(self.process, self.writer.wait)
             raise Preempted(
                 f"stopped by {signal_name()} in epoch {self.progress.epoch + 1} after {self.progress.passes} steps; "
                 f"saved in {time.perf_counter() - began:.1f} s; the same command continues"
@@ -184,16 +190,12 @@ class StandaloneTrainer:
     def _save(self, *, whole_epoch: bool) -> None:
         """Write everything that the training needs to continue, beside it."""
         self.watch.settle()
-        of_ranks = {}
-        if not whole_epoch:  # inside an epoch, ranks have statistics and sums of their own
-            assert self.meter is not None
-            of_ranks["statistics_of_ranks"] = gather_to_main(self.process, self.optimization.statistics.values)
-            of_ranks["meter_of_ranks"] = gather_to_main(self.process, self.meter.state())
+        inside = None if whole_epoch else of_ranks(self.process, self.optimization, self.meter)
         if self.process.is_main:
             progress = replace(self.progress)
             state = {
                 "request": self.request, "progress": asdict(progress), "network": self.network.state_dict(),
-                "optimization": self.optimization.state(), **of_ranks,
+                "optimization": self.optimization.state(), **(inside or {}),
                 "metrics_bytes": self.log.bytes_written() if self.log else 0,
             }  # fmt: skip
             about = Written(
@@ -203,13 +205,12 @@ class StandaloneTrainer:
             self.writer.save(about, state)
         self.watch.saved()
 
-    def _load(self, state: dict[str, Any], *, whole_epoch: bool) -> None:
-        self.progress = Progress(**state["progress"])
-        self.optimization.load_state(state["optimization"])
-        if not whole_epoch:
-            self.optimization.statistics.values.copy_(state["statistics_of_ranks"][self.process.rank])
+    def _load(self, state: dict[str, Any], found: Checkpoint) -> None:
+        self.progress = take_progress(state, found.file)
+        self.optimization.load_state(take(state, "optimization", dict, found.file), found.file)
+        if not found.manifest.whole_epoch:
             self.meter = Meter(self.process.device, waited=self.loader.wait_seconds)
-            self.meter.load(state["meter_of_ranks"][self.process.rank])
+            load_of_rank(state, self.process, self.optimization, self.meter, found.file)
 
 
 def claim(directory: Path, request: Mapping[str, Any]) -> None:

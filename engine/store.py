@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,6 +65,21 @@ CREATE TABLE IF NOT EXISTS evaluations (
 """
 
 
+def _plain(sql: str) -> str:
+    return " ".join(sql.replace("IF NOT EXISTS", "").split())
+
+
+def _tally(arch: Any, seen: Any, correct1: Any, correct5: Any, loss_sum: Any, bits: Any) -> Tally:
+    """A row as a tally. Raises `ValueError` when its fields do not agree."""
+    types = (type(arch), type(seen), type(correct1), type(correct5), type(bits))
+    if types != (str, int, int, int, bytes) or type(loss_sum) not in (float, type(None)):
+        raise ValueError("a value is of another type")
+    tally = Tally(seen, correct5, float("nan") if loss_sum is None else loss_sum, bits)
+    if not 0 <= seen <= 8 * len(bits) < seen + 8 or not correct1 <= correct5 <= seen or tally.correct1 != correct1:
+        raise ValueError(f"the answers of {arch[:80]} do not agree with their counts")
+    return tally
+
+
 class EvaluationStore:
     """The evaluations of one file, or of this process alone when there is no file.
 
@@ -74,26 +89,33 @@ class EvaluationStore:
     def __init__(self, path: str | Path | None) -> None:
         try:
             self._database = sqlite3.connect(":memory:" if path is None else path, timeout=60)
+            self._database.execute("PRAGMA trusted_schema = OFF")  # nothing in the file is run
+            self._database.execute("PRAGMA cell_size_check = ON")
             with self._database:
                 self._database.execute(_SCHEMA)
-                self._database.execute("SELECT answers FROM evaluations LIMIT 0")
+            made = self._database.execute("SELECT type, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
         except sqlite3.Error as error:
             raise UserError(
                 f"cannot use {path} as the file of evaluations: {error}; "
                 "give a file that this program wrote, or a new name"
             ) from None
+        if [(kind, _plain(sql)) for kind, sql in made] != [("table", _plain(_SCHEMA))]:
+            raise UserError(f"{path} has other tables than a file of evaluations; give one that this program wrote")
+        self._path = path
 
     def load(self, key: StoreKey) -> dict[str, Tally]:
-        """All tallies under a key, by architecture."""
-        rows = self._database.execute(
-            "SELECT arch, seen, correct5, loss_sum, answers FROM evaluations "
-            "WHERE weights = ? AND images = ? AND mode = ?",
-            key,
-        )
-        return {
-            arch: Tally(seen, correct5, float("nan") if loss_sum is None else loss_sum, answers)
-            for arch, seen, correct5, loss_sum, answers in rows
-        }
+        """All tallies under a key, by architecture. Raises `UserError` for a damaged file."""
+        try:
+            rows = self._database.execute(
+                "SELECT arch, seen, correct1, correct5, loss_sum, answers FROM evaluations "
+                "WHERE weights = ? AND images = ? AND mode = ?",
+                key,
+            ).fetchall()
+            return {row[0]: _tally(*row) for row in rows}
+        except (sqlite3.DatabaseError, ValueError) as error:
+            raise UserError(
+                f"the evaluations in {self._path} are damaged: {error}; restore the file, or remove it to score anew"
+            ) from None
 
     def save(self, key: StoreKey, tallies: Mapping[str, Tally]) -> None:
         """Write or replace the tallies of some architectures, all or none of them."""

@@ -6,19 +6,23 @@ deepspeed engine/train.py --run runs/digits --resume
 """
 
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from engine.preemption import handle_signals
+
+if __name__ == "__main__":
+    handle_signals()  # before the imports below, which take seconds
+
 import tyro
 
 from engine.cli import load_deepspeed_overrides, option, parse, write_figures
 from engine.config import RunConfig, SafetyConfig
 from engine.data import open_dataset
-from engine.distributed import on_main, start_process
+from engine.distributed import entered_by_main, on_main, start_process
 from engine.errors import run
 from engine.journal import recorded
 from engine.kernel_choice import force_kernels
@@ -52,7 +56,7 @@ def main() -> None:
     process = start_process(arguments.safety.timeout_minutes)
     force_kernels(arguments.kernels, process.device)
     run_dir, config = on_main(process, lambda: _open_run(path, arguments))
-    with run_dir.lock() if process.is_main else nullcontext(), recorded(run_dir, "train", device=process.device):
+    with entered_by_main(process, run_dir.lock()), recorded(run_dir, "train", device=process.device):
         data = on_main(process, lambda: open_dataset(config.data, run_dir.split_file))
         trainer = SupernetTrainer(config, run_dir, process, data, overrides, arguments.safety)
         trainer.train()

@@ -14,6 +14,7 @@ from engine.evaluation_set import EvaluationSet, evaluation_set
 from engine.optimization import default_precision
 from engine.rundir import RunDir
 from engine.supernet import Supernet
+from engine.tensor_file import load_weights
 from engine.trainer import COMPUTE_DTYPES, recalibration_set
 
 
@@ -43,7 +44,7 @@ class TrainedRun:
             raise UserError(f"{run.path} holds no checkpoint yet; train it first with engine/train.py --run {path}")
         space, _, state = load_checkpoint(checkpoint, config.space)
         supernet = Supernet(space, config.sharing)
-        supernet.load_state_dict(state["supernet"])
+        load_weights(supernet, state.get("supernet"), checkpoint)
         return cls(run, config, process, supernet.to(process.device).eval())
 
     @cached_property

@@ -13,20 +13,22 @@ from torch import Tensor, nn
 from engine.checkpoint import CheckpointWriter, Progress, Written, load_checkpoint
 from engine.config import RunConfig, SafetyConfig
 from engine.data import Dataset
-from engine.distributed import Process, average_batchnorm, gather_to_main, on_main
+from engine.distributed import Process, average_batchnorm, on_main
+from engine.errors import UserError
 from engine.evaluate import Evaluator
 from engine.evaluation_set import EvaluationSet, evaluation_set
 from engine.loader import TrainLoader
 from engine.metrics import Meter, MetricsLog, Reporter
 from engine.optimization import Optimization, default_precision, learning_rate
-from engine.preemption import Preempted, deferred, signal_name
-from engine.resume import device_name, find_checkpoint
+from engine.preemption import Preempted, deferred, saving, signal_name
+from engine.resume import device_name, find_checkpoint, load_of_rank, of_ranks
 from engine.rundir import RunDir, write_json
 from engine.sampling import fair_archs, fair_round, uniform_arch, uniform_round
 from engine.shrink import importance, importance_to_json, shrink
 from engine.space import Arch, Space
 from engine.step_scores import score_thirds
 from engine.supernet import Supernet, crop_to
+from engine.tensor_file import load_weights, take, take_numbers
 from engine.watch import Watch
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,18 +92,27 @@ class SupernetTrainer:
             self._wrap(Supernet(self.config.space, self.config.sharing))
             return 0
         space, self.progress, state = load_checkpoint(found.file, self.config.space)
+        schedule = self.config.shrink
+        if self.progress.epoch > schedule.total_epochs or self.progress.shrink_steps > len(schedule.keep):
+            raise UserError(
+                f"{found.file} is past the end of this training: {self.progress.epoch} epochs and "
+                f"{self.progress.shrink_steps} shrink steps; use the run's own files"
+            )
         supernet = Supernet(space, self.config.sharing)
-        supernet.load_state_dict(state["supernet"])
+        self.reporter.say(
+            f"continues from {found.file.name}: epoch {self.progress.epoch + 1}, {self.progress.passes} passes made"
+        )
+        load_weights(supernet, state.get("supernet"), found.file)
         self._wrap(supernet)
-        self.optimization.load_state(state["optimization"])
-        self.probes, self.last_values = state["probes"], state["last_values"]
+        self.optimization.load_state(take(state, "optimization", dict, found.file), found.file)
+        self.probes = take_numbers(state, "probes", found.file)
+        self.last_values = take_numbers(state, "last_values", found.file)
         if not found.manifest.whole_epoch:
-            self.optimization.statistics.values.copy_(state["statistics_of_ranks"][self.process.rank])
             self.meter = Meter(self.process.device, waited=self.loader.wait_seconds)
-            self.meter.load(state["meter_of_ranks"][self.process.rank])
+            load_of_rank(state, self.process, self.optimization, self.meter, found.file)
         if self.progress.paths and self.config.sampling.batches == "shared":
             self.progress.batches -= 1  # the paths of the round that are left see its batch again
-        return int(state["metrics_bytes"])
+        return take(state, "metrics_bytes", int, found.file)
 
     @property
     def space(self) -> Space:
@@ -194,8 +205,10 @@ class SupernetTrainer:
         """Nothing is half done here: stop when told to, and save when it is time."""
         if self.watch.stop:
             began = time.perf_counter()
-            self._save(whole_epoch=False)
-            on_main(self.process, self.writer.wait)
+            with saving():
+                on_main(self.process, self.writer.wait)  # all ranks learn of a write that failed
+                self._save(whole_epoch=False)
+                on_main(self.process, self.writer.wait)
             raise Preempted(
                 f"stopped by {signal_name()} in epoch {self.progress.epoch + 1} after {self.progress.passes} passes; "
                 f"saved in {time.perf_counter() - began:.1f} s; continue with --resume"
@@ -333,16 +346,12 @@ class SupernetTrainer:
     def _save(self, *, whole_epoch: bool) -> None:
         """Write everything that the training needs to continue, beside it."""
         self.watch.settle()
-        of_ranks = {}
-        if not whole_epoch:  # inside an epoch, ranks have statistics and sums of their own
-            assert self.meter is not None
-            of_ranks["statistics_of_ranks"] = gather_to_main(self.process, self.optimization.statistics.values)
-            of_ranks["meter_of_ranks"] = gather_to_main(self.process, self.meter.state())
+        inside = None if whole_epoch else of_ranks(self.process, self.optimization, self.meter)
         if self.process.is_main:
             progress = replace(self.progress)
             state = {
                 "space": self.space.to_json(), "progress": asdict(progress), "supernet": self.supernet.state_dict(),
-                "optimization": self.optimization.state(), **of_ranks, "probes": dict(self.probes),
+                "optimization": self.optimization.state(), **(inside or {}), "probes": dict(self.probes),
                 "last_values": dict(self.last_values), "metrics_bytes": self.log.bytes_written() if self.log else 0,
             }  # fmt: skip
             at_step = progress.epoch in (*self.config.shrink.step_epochs, self.config.shrink.total_epochs)

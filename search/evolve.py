@@ -14,12 +14,16 @@ limits counts too. Latencies come from a table of search/latency.py; the last fe
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from engine.preemption import handle_signals
+
+if __name__ == "__main__":
+    handle_signals()  # before the imports below, which take seconds
 
 from engine.cli import parse, write_figures
 from engine.errors import UserError, run
@@ -75,6 +79,8 @@ class EvolveArguments:
     """Stop scoring a subnet that is no parent at this confidence, as 0.999; by default all images are seen."""
     kernels: str | None = None
     """Kernel backend to force: reference, triton or onednn."""
+    timeout_minutes: float = 30
+    """Minutes that a process waits for the others before it gives them up."""
     json: Path | None = None
     """File for the figures of this search."""
 
@@ -88,6 +94,8 @@ class EvolveArguments:
             raise UserError("--confidence is for the search of the best top1; a Pareto set needs the scores of all")
         if self.max_latency_ms is not None and not self.max_latency_ms > 0:
             raise UserError(f"latency limit {self.max_latency_ms} ms; it must be above 0")
+        if not 0 < self.timeout_minutes < float("inf"):
+            raise UserError(f"timeout {self.timeout_minutes} minutes; it must be above 0")
         if not 0 <= self.finalists <= MOST_FINALISTS:
             raise UserError(f"finalists {self.finalists}; allowed are 0 to {MOST_FINALISTS}")
 
@@ -140,20 +148,19 @@ def main() -> None:
     refuse_unreachable(arguments.run.expanduser(), requested, found[1] if found else None)
 
     # Torch and DeepSpeed take seconds to load: only for what can be searched.
-    from engine.distributed import start_process
+    from engine.distributed import entered_by_main, start_process
     from engine.journal import recorded
     from engine.kernel_choice import force_kernels
     from engine.trained_run import TrainedRun
     from search.finalists import LatencyTable
     from search.searching import search
 
-    process = start_process()
+    process = start_process(arguments.timeout_minutes)
     force_kernels(arguments.kernels, process.device)
     trained = TrainedRun.open(arguments.run, process)
     space = trained.supernet.space
     table = LatencyTable.of(*found, space, foreign=arguments.foreign_table) if found else None
-    locked = trained.run.lock() if process.is_main else nullcontext()
-    with locked, recorded(trained.run, "evolve", device=process.device):
+    with entered_by_main(process, trained.run.lock()), recorded(trained.run, "evolve", device=process.device):
         results = [
             search(
                 trained,

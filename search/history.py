@@ -36,6 +36,7 @@ class History:
     """Limits, settings of the evolution, and objectives and latency table where there are any, as JSON data."""
     scored_by: dict[str, str]
     """What the scores depend on: weights, images, space, batch normalisation."""
+    space: Space
 
     @classmethod
     def of(
@@ -50,7 +51,7 @@ class History:
         live = hashlib.sha256(json.dumps(space.to_json(), sort_keys=True).encode()).hexdigest()
         limits = {limit.cost: str(limit) for limit in constraints.limits}
         request = {"limits": limits, "evolution": asdict(config), **(more or {})}
-        return cls(directory, request, {**scored_by, "space": live})
+        return cls(directory, request, {**scored_by, "space": live}, space)
 
     @property
     def file(self) -> Path:
@@ -63,7 +64,7 @@ class History:
 
     def load(self) -> list[Generation]:
         """The generations stored so far. Raises `UserError` for a damaged file."""
-        return _generations(read_json(self.file), self.file) if self.file.is_file() else []
+        return _generations(read_json(self.file), self.file, self.space) if self.file.is_file() else []
 
     def save(self, generations: Sequence[Generation]) -> None:
         """Store all generations so far."""
@@ -83,7 +84,7 @@ class History:
                 continue
             state = read_json(file)
             if isinstance(state, dict) and state.get("scored_by") == self.scored_by:
-                found += [candidate for generation in _generations(state, file) for candidate in generation]
+                found += [candidate for rows in _generations(state, file, self.space) for candidate in rows]
         return found
 
 
@@ -100,16 +101,23 @@ def _to_json(candidate: Candidate) -> dict[str, Any]:
     return {"arch": str(candidate.arch), **candidate.costs, **scores}
 
 
-def _generations(state: Any, file: Path) -> list[Generation]:
+def _generations(state: Any, file: Path, space: Space) -> list[Generation]:
     try:
-        return [[_candidate(dict(row)) for row in generation] for generation in state["generations"]]
-    except (TypeError, KeyError, ValueError) as error:
+        return [[_candidate(dict(row), space) for row in generation] for generation in state["generations"]]
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise UserError(
             f"{file} holds no search of this program ({error}); remove it, the evaluations themselves are kept"
         ) from None
 
 
-def _candidate(row: dict[str, Any]) -> Candidate:
+def _candidate(row: dict[str, Any], space: Space) -> Candidate:
+    """Raises one of several errors when the row is none of a candidate in the space."""
+    arch = Arch.parse(row.pop("arch"))
+    space.check(arch)
     complete = row.pop("complete", True)
-    arch, top1, top5, loss = (row.pop(name) for name in ("arch", "top1", "top5", "loss"))
-    return Candidate(Arch.parse(arch), row, top1, top5, loss, complete)
+    if type(complete) is not bool or any(type(value) not in (int, float) for value in row.values()):
+        raise TypeError(f"{arch} has a value that is no number")
+    top1, top5, loss = (row.pop(name) for name in ("top1", "top5", "loss"))
+    if not 0 <= top1 <= top5 <= 1 or any(cost < 0 for cost in row.values()):
+        raise ValueError(f"{arch} has a top-1, top-5 or cost that is impossible")
+    return Candidate(arch, row, top1, top5, loss, complete)

@@ -20,6 +20,11 @@ from typing import Any, Literal, TypeVar
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from engine.preemption import handle_signals
+
+if __name__ == "__main__":
+    handle_signals()  # before the imports below, which take seconds
+
 import numpy as np
 import torch
 from rich.console import Console

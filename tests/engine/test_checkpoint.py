@@ -162,10 +162,16 @@ def test_another_spaces_checkpoint_is_refused(tmp_path):
 
 def test_a_checkpoint_without_its_parts_is_refused(tmp_path):
     file = tmp_path / "epoch-0001.pt"
-    for content in ({}, {"space": TINY.to_json()}, {"space": TINY.to_json(), "progress": {"epochs": 3}}):
-        torch.save({"format": FORMAT, **content}, file)
-        with pytest.raises(UserError, match=r"is no checkpoint of a supernet: .*; use the run's own files"):
+    torch.save({"format": FORMAT}, file)
+    with pytest.raises(UserError, match=r"checkpoint .*epoch-0001.pt: this is not a search space"):
+        load_checkpoint(file, TINY)
+    for content in ({}, {"progress": {"epochs": 3}}, {"progress": 3}):
+        torch.save({"format": FORMAT, "space": TINY.to_json(), **content}, file)
+        with pytest.raises(UserError, match=r"says nothing of a training's progress; use the run's own files"):
             load_checkpoint(file, TINY)
+    torch.save({"format": FORMAT, "space": TINY.to_json(), "progress": {**asdict(PROGRESS), "rounds": -1}}, file)
+    with pytest.raises(UserError, match=r"progress rounds is -1; it must be a whole number of at least 0"):
+        load_checkpoint(file, TINY)
     torch.save({"format": FORMAT, "space": TINY.to_json(), "progress": asdict(PROGRESS)}, file)
     assert load_checkpoint(file, TINY) == (TINY, PROGRESS, {"format": FORMAT})
 
