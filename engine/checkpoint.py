@@ -6,6 +6,7 @@ read with `weights_only`, which runs no code from them. `CheckpointWriter` write
 """
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -78,6 +79,10 @@ class Manifest:
     data: str
     """Fingerprint of the data set and its split."""
 
+    def __post_init__(self) -> None:
+        if self.bytes < 1 or self.processes < 1 or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise UserError(f"a manifest tells of {self.bytes} bytes, {self.processes} processes, {self.sha256!r:.70}")
+
     @property
     def age(self) -> tuple[int, int, int]:
         """Grows with the training."""
@@ -119,8 +124,8 @@ def write_checkpoint(directory: Path, about: Written, state: Mapping[str, Any]) 
     file = directory / f"{about.name}.pt"
     try:
         size, digest = write_tensors(file, {"format": FORMAT, **state})
-        manifest = Manifest(format=FORMAT, bytes=size, sha256=digest, **_fields(about))
-        write_atomically(manifest_file(file), json_bytes(asdict(manifest)))
+        fields = asdict(Manifest(format=FORMAT, bytes=size, sha256=digest, **_fields(about)))
+        write_atomically(manifest_file(file), json_bytes({**fields, "check": _check(fields)}))
     except OSError as error:
         raise _cannot_write(file, write_error(file, error)) from None
     except MachineError as error:
@@ -131,6 +136,11 @@ def write_checkpoint(directory: Path, about: Written, state: Mapping[str, Any]) 
 def _cannot_write(file: Path, error: UserError) -> UserError:
     reason = str(error).split(": ", 1)[-1].split(";", 1)[0]
     return type(error)(f"checkpoint {file} cannot be written: {reason}; free space and continue with --resume")
+
+
+def _check(fields: Mapping[str, Any]) -> str:
+    """Tells a manifest that was changed; of a file that was changed, its own SHA-256 tells."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _fields(about: Written) -> dict[str, Any]:
@@ -293,6 +303,8 @@ def read_manifest(file: Path) -> Manifest:
     content = read_json(source)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{source} is no manifest of format {FORMAT}; use a checkpoint that this version wrote")
+    if content.pop("check", None) != _check(content):
+        raise UserError(f"{source} has changed since it was written")
     return from_json(Manifest, content, source)
 
 

@@ -131,6 +131,11 @@ def _best_arch(run_dir: RunDir) -> str:
         raise UserError(
             f"{run_dir.path} holds no search result; run search/evolve.py --run {run_dir.path} first, or give --arch"
         )
+    return named_arch(file)
+
+
+def named_arch(file: Path) -> str:
+    """The architecture that a search's best.json names. Raises `UserError` when it names none."""
     best = read_json(file)
     if not isinstance(best, dict) or not isinstance(best.get("arch"), str):
         raise UserError(f"{file} names no architecture; run search/evolve.py again, or give --arch")

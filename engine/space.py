@@ -373,5 +373,5 @@ def _with_tuples(fields: Any) -> dict[str, Any]:
 def _parse_operation(text: str) -> Operation:
     match = re.fullmatch(r"k(\d+)t(\d+)c(\d+)", text, re.ASCII)
     if match is None:
-        raise UserError(f"operation {text!r} does not parse; write kKERNELtEXPANSIONcCHANNELS, as k5t3c40")
+        raise UserError(f"operation {text!r:.40} does not parse; write kKERNELtEXPANSIONcCHANNELS, as k5t3c40")
     return Operation(*map(int, match.groups()))

@@ -20,7 +20,7 @@ from engine.loader import TrainLoader
 from engine.metrics import Meter, MetricsLog, Reporter
 from engine.optimization import Optimization, default_precision, learning_rate
 from engine.preemption import Preempted, deferred, saving, signal_name
-from engine.resume import device_name, find_checkpoint, load_of_rank, of_ranks
+from engine.resume import check_agreement, device_name, find_checkpoint, load_of_rank, of_ranks
 from engine.rundir import read_json, write_json
 from engine.subnet import Subnet
 from engine.tensor_file import load_weights, take
@@ -207,6 +207,7 @@ class StandaloneTrainer:
 
     def _load(self, state: dict[str, Any], found: Checkpoint) -> None:
         self.progress = take_progress(state, found.file)
+        check_agreement(found, self.progress, state)
         self.optimization.load_state(take(state, "optimization", dict, found.file), found.file)
         if not found.manifest.whole_epoch:
             self.meter = Meter(self.process.device, waited=self.loader.wait_seconds)

@@ -21,7 +21,7 @@ from engine.loader import TrainLoader
 from engine.metrics import Meter, MetricsLog, Reporter
 from engine.optimization import Optimization, default_precision, learning_rate
 from engine.preemption import Preempted, deferred, saving, signal_name
-from engine.resume import device_name, find_checkpoint, load_of_rank, of_ranks
+from engine.resume import check_agreement, device_name, find_checkpoint, load_of_rank, of_ranks
 from engine.rundir import RunDir, write_json
 from engine.sampling import fair_archs, fair_round, uniform_arch, uniform_round
 from engine.shrink import importance, importance_to_json, shrink
@@ -92,6 +92,7 @@ class SupernetTrainer:
             self._wrap(Supernet(self.config.space, self.config.sharing))
             return 0
         space, self.progress, state = load_checkpoint(found.file, self.config.space)
+        check_agreement(found, self.progress, state)
         schedule = self.config.shrink
         if self.progress.epoch > schedule.total_epochs or self.progress.shrink_steps > len(schedule.keep):
             raise UserError(
