@@ -68,6 +68,8 @@ class Started:
             with open(log, "ab") as output:
                 self._process = subprocess.Popen(command, stdout=output, stderr=output, cwd=log.parent)
         else:
+            if not torch.cuda.is_available():
+                os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
             _context.set_forkserver_preload(list(PRELOADED))
             work = (script, list(arguments), log, dict(environment or {}), faults)
             self._process = _context.Process(target=_work, args=work)
@@ -143,12 +145,15 @@ def start_ranks(
 # ---- what a run ends with
 
 
-def outcome(path: Path) -> dict[str, Any]:
-    """Everything that a run decided, by file: weights, metrics, scores, spaces, generations. Nothing of the clock."""
+def outcome(path: Path, without: str | None = None) -> dict[str, Any]:
+    """Everything that a run decided, by file: weights, metrics, scores, spaces, generations. Nothing of the clock.
+
+    The checkpoint `without` is left out.
+    """
     run = RunDir(path)
     result: dict[str, Any] = {}
     for file in sorted(path.glob("checkpoints/*.pt")):
-        if json.loads(file.with_suffix(".json").read_text())["kept"]:
+        if file.stem != without and json.loads(file.with_suffix(".json").read_text())["kept"]:
             result[f"checkpoints/{file.name}"] = _timeless(read_tensors(file))
     for name in ("spaces", "shrink", "search"):
         for file in sorted((path / name).glob("*.json")):
