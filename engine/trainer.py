@@ -242,8 +242,9 @@ class SupernetTrainer:
             epoch, start = epoch + 1, 0
 
     def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        batch = next(batches)  # `_batches` begins to run here, with the count before
         self.progress.batches += 1
-        return next(batches)
+        return batch
 
     # ---- shrinking
 

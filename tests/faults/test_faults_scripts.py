@@ -18,7 +18,7 @@ from engine.checkpoint import newest_checkpoint
 from engine.tensor_file import read_tensors
 from tests.faults.runs import EVOLVE, RETRAIN, SECONDS, TRAIN, start, steps, training
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
