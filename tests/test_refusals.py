@@ -14,6 +14,7 @@ from torch import nn
 
 import search.backends.onnx_runtime as onnx_runtime
 import search.backends.tensorrt as tensorrt
+from benchmarks import early_decisions, ranking
 from benchmarks.demo import DemoArguments, run_pipeline
 from benchmarks.evaluation import EvaluationArguments
 from benchmarks.latency import LatencyArguments
@@ -350,6 +351,28 @@ def test_a_part_that_a_backend_does_not_run() -> None:
     store = types.SimpleNamespace(load=lambda _: {}, save=lambda *_: None)
     with pytest.raises(UserError, match=r"tensorrt does not run a part of the networks: no kernel; choose another"):
         time_missing(Bench(), store, [])  # type: ignore[arg-type]
+
+
+# ---- studies of a run
+
+
+def test_a_run_without_shrink_steps_has_no_early_decisions_to_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunDir.create(tmp_path, preset("digits"))
+    monkeypatch.setattr(early_decisions, "start_process", lambda: None)
+    monkeypatch.setattr("sys.argv", ["early_decisions.py", "--run", str(tmp_path)])
+    with pytest.raises(UserError, match=r"has made no shrink step yet; train it further, or give another --run"):
+        early_decisions.main()
+
+
+def test_a_space_too_small_for_a_ranking_study(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, preset("digits"))
+    one = TINY.with_live([ops[:1] for ops in TINY.full().live])
+    arguments = ranking.RankingArguments(run=tmp_path)
+    process: Any = None
+    with pytest.raises(UserError, match=r"the space after the shrink steps holds 1 architectures, fewer than the"):
+        ranking._pool(run, arguments, process, one, ("newest", None))
 
 
 # ---- make demo
