@@ -93,7 +93,7 @@ def measure(name: PartName, pipelines: Pipelines, arguments: SoakArguments) -> R
     for what, count in report.counts.items():
         print(f"  {count:>6}  {what}")
     for what, seconds in report.seconds.items():
-        print(f"  {seconds:8.2f}  {'seconds ' * (what != 'share')}{what}")
+        print(f"  {seconds:8.2f}  seconds {what}")
     print(f"  {len(report.failures)} failures", flush=True)
     return report
 
