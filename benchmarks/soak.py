@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -67,7 +67,10 @@ def main() -> None:
         pipelines = Pipelines(directory, arguments.seed, arguments.gap)
         reports = {name: measure(name, pipelines, arguments) for name in arguments.parts}
     failures = [line for report in reports.values() for line in report.failures]
-    figures = {name: asdict(report) for name, report in reports.items()}
+    figures = {
+        name: {"counts": dict(report.counts), "seconds": report.seconds, "failures": report.failures}
+        for name, report in reports.items()
+    }
     write_figures(arguments.json, {"seed": arguments.seed, **provenance(), "failures": len(failures), "parts": figures})
     if failures:
         raise UserError(f"{len(failures)} checks failed; they are listed above")

@@ -194,7 +194,7 @@ def test_a_released_network_is_checked_part_by_part(tmp_path: Path) -> None:
         ({"arch": "c1"}, r"network .*: architecture 'c1' does not parse"),
         ({"arch": "c8:k3t2,k3t2_c16:k3t2_c20:k3t2,k3t2"}, r"network .*: block 5 of architecture|network .*: block \d"),
         (
-            {"network": {"other": torch.zeros(9000)}},
+            {"network": {"other": torch.zeros(90_000)}},
             r"holds no weights of this network \(.*\); use the run's own files",
         ),
         ({"network": {**weights, first: torch.zeros(2)}}, r"is torch.float32 \[2\]; it must be torch.float32 \["),
