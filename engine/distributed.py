@@ -68,11 +68,12 @@ def start_process(timeout_minutes: float = 30) -> Process:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        verbose=False,
-        timeout=timedelta(minutes=timeout_minutes),
-    )
+    timeout = timedelta(minutes=timeout_minutes)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    # Gradients are reduced in a second group of all ranks, which DeepSpeed would make with torch's own 30 minutes.
+    everyone = range(torch.distributed.get_world_size())
+    deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(everyone, timeout=timeout)
     return Process(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),

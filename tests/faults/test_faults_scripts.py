@@ -16,7 +16,7 @@ from benchmarks.disturbed_runs import Faults, Started, differences, error_lines,
 from benchmarks.soak_pipeline import poison_rank_1
 from engine.checkpoint import newest_checkpoint
 from engine.tensor_file import read_tensors
-from tests.faults.runs import EVOLVE, RETRAIN, SECONDS, TRAIN, start, steps, training
+from tests.faults.runs import EVOLVE, RETRAIN, SECONDS, start, steps, training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -73,7 +73,7 @@ def test_stopped_everywhere_it_ends_bit_for_bit_as_if_nothing_had_been(
     run = tmp_path / "run"
     moments = [
         ("engine/train.py", lambda: training(run, cache), lambda: inside_epoch(run)),
-        ("engine/train.py", lambda: training(run, cache), lambda: scored(run) > 20),
+        ("engine/train.py", lambda: training(run, cache), lambda: scored(run) > 20),  # in the shrink step
         ("search/evolve.py", lambda: EVOLVE, lambda: generations(run) >= 2),
         ("engine/retrain.py", lambda: RETRAIN, lambda: inside_epoch(run / "retrain")),
     ]
@@ -84,7 +84,7 @@ def test_stopped_everywhere_it_ends_bit_for_bit_as_if_nothing_had_been(
         assert "Traceback" not in said
         if code == 75:
             assert said.count("stopped by SIGTERM") == 1, said
-        if script != moments[1][0] or moment is moments[1][2]:
+        if moment is not moments[0][2]:  # the training goes on until its second moment
             process = start(script, run, arguments())
             assert process.ended(SECONDS) == 0, process.said()
     assert differences(outcome(whole), outcome(run)) == []
@@ -175,10 +175,10 @@ def two_ranks(run: Path, cache: Path, *more: str, faults: tuple[Faults, ...] = (
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_is_lost_ends_the_other(cache: Path, tmp_path: Path, number: int) -> None:
     run = tmp_path / "run"
-    ranks = two_ranks(run, cache, "--safety.timeout-minutes", "0.1")
+    ranks = two_ranks(run, cache, "--safety.timeout-minutes", "0.3")
     wait_until(lambda: inside_epoch(run), SECONDS)
     ranks[1].signal(number)
-    assert ranks[0].ended(60) == 3, ranks[0].said()
+    assert ranks[0].ended(100) == 3, ranks[0].said()
     (line,) = error_lines(ranks[0].said())
     assert line.startswith("error: another process of this run was lost or does not answer (")
     assert "Traceback" not in ranks[0].said()
@@ -214,4 +214,3 @@ def test_no_numbers_on_one_rank_are_skipped_by_both_and_stop_after_too_many(cach
     assert len(lines) == 1
     assert "loss or gradient is not finite 3 steps in a row, last in epoch 1, pass 8, path c" in lines[0]
     assert ".jpg" in lines[0]
-    assert len(TRAIN) > 0
