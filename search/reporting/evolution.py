@@ -95,7 +95,7 @@ def draw_front(runs: Sequence[tuple[str, RunFacts]]) -> Picture:
                 fontsize=9.5,
                 color=MUTED,
             )
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 0.97), ncols=2, borderaxespad=0)
     return picture
 
 
