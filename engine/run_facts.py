@@ -171,9 +171,9 @@ class RunFacts:
         return self._json("latency/latency.json") or {}
 
     @cached_property
-    def block_latency(self) -> Row:
-        """Latency of every block of the best network, where it was measured."""
-        return self._json("latency/blocks.json") or {}
+    def latency_tables(self) -> list[Path]:
+        """Files of search/latency.py, the newest last."""
+        return sorted((self.path / "latency").glob("model-*.json"), key=_modified)
 
     @cached_property
     def ranking(self) -> Row:

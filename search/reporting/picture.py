@@ -74,12 +74,12 @@ class Picture:
             FigureCanvasSVG(self.figure).print_svg(out, metadata={"Date": None, "Creator": None})
         return out.getvalue()
 
-    def save_png(self, file: Path) -> None:
+    def save_png(self, file: Path | io.BytesIO) -> None:
         canvas = FigureCanvasAgg(self.figure)
         before = self.figure.dpi
         self.figure.dpi = PNG_DPI
         try:
-            canvas.print_png(str(file))
+            canvas.print_png(file)
         finally:
             self.figure.dpi = before
 

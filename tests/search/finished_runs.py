@@ -11,6 +11,9 @@ from engine.run_facts import Row
 from engine.sampling import fair_archs, uniform_arch
 from engine.shrink import importance, importance_to_json, shrink
 from engine.space import Arch, Cluster, Space
+from search.latency_model import LatencyModel, PartCost, model_file
+from search.latency_store import LatencyContext
+from search.network_parts import PartTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ def finished_run(path: Path, space: Space, size: Size = SMALL, *, seed: int = 0,
     write(path / "retrain/result.json", {**best, "test_top1": 0.74, "test_top5": 0.92, "test_images": 500})
     lines = [{"kind": "epoch", "epoch": e, **epoch_values(e, 5, rng)} for e in range(1, 6)]
     write_lines(path / "retrain/metrics.jsonl", lines)
-    latency(path)
+    latency(path, space)
     archs = [
         {"arch": best["arch"], "one_shot": 0.6 + i / 100, "stand_alone": 0.7 + (i + i % 3) / 100} for i in range(9)
     ]
@@ -168,7 +171,7 @@ def search(path: Path, space: Space, size: Size, rng: random.Random) -> Row:
     return front[-1]
 
 
-def latency(path: Path) -> None:
+def latency(path: Path, space: Space) -> None:
     rows: list[Row] = []
     for backend in ("torch-cpu", "onnxruntime-cpu"):
         for batch in (1, 8):
@@ -177,6 +180,18 @@ def latency(path: Path) -> None:
             rows.append({**row, "max_abs_error": 1e-6, "top1_agreement": 1.0, "hardware": "a processor"})
     rows.append({"network": "retrained", "backend": "tensorrt", "why": "tensorrt is not installed"})
     write(path / "latency/latency.json", {"rows": rows, "engines": []})
+    context = LatencyContext(
+        backend="onnxruntime-cpu", device="a processor", versions="onnxruntime 1.32", batch=8, precision="fp32",
+        reference="c8",
+    )  # fmt: skip
+    costs = {
+        str(part): PartCost(ms=0.01 * number, timed_ms=0.01 * number, spread_ms=0.001, visits=9)
+        for number, part in enumerate(PartTable(space).all_parts(), start=1)
+    }
+    model = LatencyModel(
+        context=context, space=space.fingerprint, correction="none", offset_ms=0.1, parts=costs, errors={"mape": 0.02}
+    )
+    model.save(model_file(path / "latency", context))
 
 
 def journal(path: Path) -> None:

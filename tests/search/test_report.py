@@ -1,6 +1,8 @@
 """The report's content, from made-up runs: what pictures and tables say, runs in progress, two runs, size and time."""
 
 import csv
+import io
+import itertools
 import json
 import re
 import shutil
@@ -12,16 +14,24 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.presets import mobilenet_v2_space
 from engine.run_facts import RunFacts
 from engine.sampling import fair_round
+from search.latency_model import find_model
 from search.report import ReportArguments, write
+from search.reporting.accuracy import bin_edges
 from search.reporting.architecture import bars_of, mobilenet_bars
 from search.reporting.build import run_sections, state, write_report
-from search.reporting.picture import Picture
+from search.reporting.picture import Picture, kernel_color
 from search.reporting.shrinking import shrinking_pictures
+from search.reporting.tensorboard import write_search_events
 from tests.search.finished_runs import PAPER, finished_run, small_space, table_1
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +61,7 @@ def test_every_picture_is_an_svg_a_png_and_a_part_of_the_page(run: Path, report:
     drawn = pictures(RunFacts(run))
     assert {p.name for p in drawn} >= {
         "architecture", "evolution", "pareto", "shrink-step-1", "shrink-step-3", "accuracy-by-step", "ranking",
-        "accuracy-of-scored", "training-loss", "retraining-top1", "latency", "time",
+        "accuracy-of-scored", "training-loss", "retraining-top1", "latency", "latency-blocks", "time",
     }  # fmt: skip
     for picture in drawn:
         ElementTree.parse(run / "report" / f"{picture.name}.svg")
@@ -113,6 +123,48 @@ def test_tables_hold_the_values_of_the_run(run: Path, report: str) -> None:
     assert "0123456789" in (run / "report/commands.csv").read_text()
     assert "train.py --run &lt;here&gt;" in report
     assert "<here>" not in report.replace("--run <here>", "", 1) or report.count("<here>") == 3
+
+
+def test_latency_by_block_is_the_tables(run: Path, report: str) -> None:
+    facts = RunFacts(run)
+    assert facts.chosen is not None
+    _, model = find_model(run / "latency", None, {})
+    parts = rows(run / "report/latency-blocks.csv")
+    assert [row["part"] for row in parts] == ["stem", *(f"block {i}" for i in range(1, 6)), "tail"]
+    total = model.offset_ms + sum(float(row["ms"]) for row in parts)
+    assert total == pytest.approx(model.predictor(facts.space)(facts.chosen))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 200), min_size=1, max_size=300), st.sampled_from((24, 40)), st.sampled_from((50, 200, 359))
+)
+def test_bins_hold_all_values_and_equally_many_levels(correct: list[int], most: int, images: int) -> None:
+    values = [100 * c / images for c in correct]
+    edges = bin_edges(values, most)
+    counts, _ = np.histogram(values, edges)
+    assert counts.sum() == len(values)
+    assert len(edges) - 1 <= most
+    if len(set(correct)) > 1:
+        step = 100 / images * min(b - a for a, b in itertools.pairwise(sorted(set(correct))))
+        steps_per_bin = (edges[1] - edges[0]) / step
+        assert steps_per_bin == pytest.approx(max(1, round(steps_per_bin)), rel=1e-3)
+
+
+def test_a_search_is_written_for_tensorboard_once(run: Path) -> None:
+    facts = RunFacts(run)
+    for _ in range(2):
+        directory = write_search_events(facts)
+    assert directory is not None
+    events = EventAccumulator(str(directory), size_guidance={"histograms": 0}).Reload()
+    best = [event.value for event in events.Scalars("search/best_top1")]
+    expected = [max(row["top1"] for row in rows) for rows in facts.searches[-1].generations]
+    assert best == pytest.approx([max(expected[: i + 1]) for i in range(len(expected))])
+    assert [event.step for event in events.Histograms("search/top1")] == list(range(len(expected)))
+    (image,) = events.Images("search/architecture")
+    pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
+    blue = tuple(int(kernel_color(3)[i : i + 2], 16) for i in (1, 3, 5))
+    assert (pixels == blue).all(2).sum() > 1000, "bars of 3x3 kernels"
 
 
 def test_mobilenet_v2_is_drawn_as_it_is() -> None:

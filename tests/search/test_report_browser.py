@@ -85,9 +85,11 @@ def test_it_fits_and_is_legible(opened: Opened) -> None:
 
 CONTRAST = """(() => {
     const bright = color => { const c = color.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
-        .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126*c[0] + 0.7152*c[1] + 0.0722*c[2]; };
+        .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126*c[0] + 0.7152*c[1] + 0.0722*c[2]; };
     const ground = bright(getComputedStyle(document.querySelector('.picture')).backgroundColor), found = {};
-    for (const element of document.querySelectorAll('.picture text, .picture p, .picture h3, td, th, dd, dt, summary')) {
+    const all = document.querySelectorAll('.picture text, .picture p, .picture h3, td, th, dd, dt, summary');
+    for (const element of all) {
         const style = getComputedStyle(element);
         const color = element.tagName === 'text' ? style.fill : style.color;
         const b = bright(color);
@@ -119,8 +121,9 @@ def test_every_mark_is_found_by_its_own_hover(opened: Opened) -> None:
     page = opened.page
     found = page.evaluate("""(() => {
         const texts = JSON.parse(document.getElementById('tips').textContent)['shrink-step-1'];
-        return texts.flatMap(([gid, tips]) => [...document.getElementById('shrink-step-1--' + gid)
-            .querySelectorAll('use')].map((use, i) => [parseInt(tips[i].split(' ')[1]), use.getBoundingClientRect().top]));
+        const uses = gid => [...document.getElementById('shrink-step-1--' + gid).querySelectorAll('use')];
+        return texts.flatMap(([gid, tips]) => uses(gid).map(
+            (use, i) => [parseInt(tips[i].split(' ')[1]), use.getBoundingClientRect().top]));
     })()""")
     by_block: dict[int, set[int]] = {}
     for block, top in found:
