@@ -51,6 +51,20 @@ class Option:
     help: str
     default: Any
 
+    @property
+    def default_text(self) -> str:
+        """The default in a cell; a switch that is on says how it is turned off."""
+        if self.default is MISSING:
+            return "needed"
+        if self.default is None or self.default is False or self.default == ():
+            return ""
+        if self.default is True:
+            path, dot, last = self.name[2:].rpartition(".")
+            return f"on; off with `--{path}{dot}no-{last}`"
+        if isinstance(self.default, tuple):
+            return " ".join(f"`{part}`" for part in self.default)
+        return f"`{self.default}`"
+
 
 def arguments_of(script: str) -> tuple[type, str, Any]:
     """What a script parses: its dataclass, its docstring, and the instance that holds its defaults."""
@@ -129,18 +143,6 @@ def values_of(hint: Any) -> str:
     return {int: "integer", float: "number", str: "text", Path: "path"}[hint]
 
 
-def default_text(value: Any) -> str:
-    if value is MISSING:
-        return "needed"
-    if value is None or value is False or value == ():
-        return ""
-    if value is True:
-        return "on"
-    if isinstance(value, tuple):
-        return " ".join(f"`{part}`" for part in value)
-    return f"`{value}`"
-
-
 def table(columns: list[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
@@ -156,7 +158,7 @@ def section(script: str) -> str:
     if script == "engine/train.py":
         parts.append(train_table(kind))
     else:
-        rows = [[f"`{o.name}`", o.values, o.help, default_text(o.default)] for o in options(kind, default)]
+        rows = [[f"`{o.name}`", o.values, o.help, o.default_text] for o in options(kind, default)]
         parts.append(table(["option", "values", "meaning", "default"], rows))
     return "\n\n".join(parts)
 
@@ -166,7 +168,7 @@ def train_table(kind: type) -> str:
     presets = [list(options(kind, kind(config=make()))) for make in PRESETS.values()]
     rows = []
     for same in zip(*presets, strict=True):
-        defaults = [default_text(option.default) for option in same]
+        defaults = [option.default_text for option in same]
         rows.append([f"`{same[0].name}`", same[0].values, same[0].help, *defaults])
     return table(["option", "values", "meaning", *PRESETS], rows)
 

@@ -44,6 +44,8 @@ def blocks() -> Iterator[Block]:
         text = page.read_text()
         for match in re.finditer(r"^(`{3,})([^\n`]*)\n(.*?)^\1[ ]*$", text, flags=re.M | re.S):
             language, _, what = match[2].strip().partition(" ")
+            if language.startswith("{"):  # a directive of the site
+                continue
             line = text[: match.start()].count("\n") + 2
             yield Block(page.relative_to(ROOT).as_posix(), line, language, what or "check", match[3])
 
@@ -57,9 +59,8 @@ def commands(block: Block) -> Iterator[Command]:
         text += part.removesuffix("\\") + " "
         if part.endswith("\\"):
             continue
-        words = shlex.split(text, comments=True)
-        if words and words[0] in PROGRAMS:
-            yield Command(block.page, line, tuple(words))
+        if text.startswith(tuple(f"{program} " for program in PROGRAMS)):
+            yield Command(block.page, line, tuple(shlex.split(text, comments=True)))
         text, line = "", block.line + number + 1
 
 

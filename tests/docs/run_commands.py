@@ -1,7 +1,7 @@
 """Run scripts one after another in one process: importing torch and DeepSpeed anew for each would take minutes.
 
-Reads JSON from the file in argv[1], a list of {"words": [script, option, ...]}, and writes to argv[2] a list of {"exit",
-"output", "seconds", "directory"}. It ends at the first that fails.
+Reads JSON from the file in argv[1], a list of {"words": [script, option, ...]}, and writes to argv[2] a list of
+{"exit", "output", "seconds", "directory"}. It ends at the first that fails.
 """
 
 import contextlib
