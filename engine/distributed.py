@@ -46,7 +46,8 @@ class Process:
 def start_process(timeout_minutes: float = 30) -> Process:
     """Join the processes that the `deepspeed` launcher started; alone when there is no launcher.
 
-    A process that does not hear from another for `timeout_minutes` gives up.
+    A process that does not hear from another for `timeout_minutes` gives up. Raises `UserError` when the launcher's
+    port is taken.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no GPU
@@ -67,11 +68,20 @@ def start_process(timeout_minutes: float = 30) -> Process:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        verbose=False,
-        timeout=timedelta(minutes=timeout_minutes),
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            verbose=False,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise UserError(
+            f"port {port} of this machine is in use, perhaps by another run; processes of a run need a port of their "
+            "own: give the launcher another one with deepspeed --master_port PORT"
+        ) from None
     return Process(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),

@@ -33,12 +33,13 @@ SMALLER = {
 """Options that make a documented command quick. They come last, and the last of an option counts."""
 RUN = commands_to("run")
 CHECK = commands_to("check")
+pytestmark = pytest.mark.timeout(1000)  # one fixture runs all commands
 
 
 def make_images(root: Path) -> None:
-    """Three classes of 30 training and 4 test images, told apart by colour."""
+    """Three classes of 40 training and 4 test images, told apart by colour."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", 30), ("val", 4)):
+    for part, count in (("train", 40), ("val", 4)):
         for label, name in enumerate(("apple", "leaf", "sky")):
             (root / part / name).mkdir(parents=True)
             for index in range(count):
@@ -60,7 +61,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Command, dict[str
     (where / "tasks.json").write_text(json.dumps(tasks))
     driver = [sys.executable, str(ROOT / "tests/docs/run_commands.py"), "tasks.json", "results.json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HOME": str(where)}
-    done = subprocess.run(driver, cwd=where, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(driver, cwd=where, env=environment, capture_output=True, text=True, timeout=900)
     results = json.loads((where / "results.json").read_text()) if (where / "results.json").exists() else []
     assert results, done.stderr
     return dict(zip(RUN, results, strict=False))
