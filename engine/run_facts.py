@@ -178,7 +178,7 @@ class RunFacts:
     @cached_property
     def ranking(self) -> Row:
         """One-shot against stand-alone accuracy, where benchmarks/ranking.py has measured it."""
-        return self._json("ranking/ranking.json") or self._json("figures/ranking.json") or {}
+        return self._json("ranking/ranking.json") or {}
 
     @cached_property
     def exports(self) -> list[Path]:

@@ -111,18 +111,5 @@ def ranking_pictures(run: RunFacts) -> Iterator[Picture]:
 
 
 def ranking_rows(run: RunFacts) -> list[Row]:
-    """Rows with arch, one_shot and stand_alone, whatever the study calls them."""
-    rows = []
-    for row in run.ranking.get("archs", []):
-        if not isinstance(row, dict):
-            continue
-        one_shot = _first(row, "one_shot", "one_shot_top1", "oneshot_top1", "top1")
-        alone = _first(row, "stand_alone", "stand_alone_top1", "standalone_top1", "test_top1")
-        if one_shot is not None and alone is not None:
-            rows.append({"arch": row.get("arch", ""), "one_shot": one_shot, "stand_alone": alone})
-    return rows
-
-
-def _first(row: Row, *names: str) -> float | None:
-    values = (row.get(name) for name in names)
-    return next((value for value in values if isinstance(value, float) and not math.isnan(value)), None)
+    """Rows of benchmarks/ranking.py with arch, one_shot and stand_alone."""
+    return [row for row in run.ranking.get("archs", []) if {"arch", "one_shot", "stand_alone"} <= row.keys()]

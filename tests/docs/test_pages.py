@@ -20,6 +20,12 @@ def test_the_reference_of_options_is_current(reference: str) -> None:
     assert generate_reference.PAGE.read_text() == reference, "run python docs/generate_reference.py"
 
 
+def test_the_reference_has_every_script_that_takes_options() -> None:
+    files = [file for part in ("engine", "search", "benchmarks") for file in (ROOT / part).glob("*.py")]
+    scripts = {file.relative_to(ROOT).as_posix() for file in files if "    arguments = parse(" in file.read_text()}
+    assert scripts == set(generate_reference.SCRIPTS)
+
+
 @pytest.mark.parametrize("script", ["engine/train.py", "search/evolve.py", "search/report.py"])
 def test_the_reference_has_the_options_of_the_help(script: str, reference: str) -> None:
     text = reference.split(f"\n## {script}\n")[1].split("\n## ")[0]
