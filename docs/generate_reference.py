@@ -69,7 +69,7 @@ class Option:
 
 def arguments_of(script: str) -> tuple[type, str, Any]:
     """What a script parses: its dataclass, its docstring, and the instance that holds its defaults."""
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    module: Any = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     told: list[Any] = []
 
     def tell(kind: type, description: str | None, argv: list[str], default: Any = None) -> None:
@@ -99,7 +99,7 @@ def options(kind: type, default: Any = None, prefix: str = "") -> Iterator[Optio
             continue
         value = default_of(field) if default is None else getattr(default, field.name)
         unprefixed = any(getattr(mark, "name", None) == "" for mark in marks)
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             yield from options(hint, value, prefix if unprefixed else f"{prefix}{field.name.replace('_', '-')}.")
         else:
             name = f"--{prefix}{field.name.replace('_', '-')}"
