@@ -1,6 +1,7 @@
 # make env    .venv with everything installed
 # make demo   the whole pipeline on the embedded digits
 # make test   lint, type check and the test suite
+# make docs   the documentation as a site, build/docs/index.html
 # CUDA=12     takes DALI's wheel for CUDA 12 instead of 13 (either runs without a GPU)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-cuda$(CUDA)
 
-.PHONY: env demo test lint clean
+.PHONY: env demo test lint docs clean
 
 env: $(INSTALLED)
 
@@ -18,7 +19,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch torchvision
-	$(BIN)/python -m pip install --quiet --editable '.[cuda$(CUDA),dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cuda$(CUDA),dev,docs]'
 	touch $@
 
 demo: env
@@ -31,6 +32,11 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: env
+	$(BIN)/python docs/generate_reference.py
+	$(BIN)/python docs/draw.py
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The whole pipeline on one data set: train and shrink, evolve, retrain, export, measure; then one table.
+"""The whole pipeline on one data set: train and shrink, evolve, retrain, export, measure, report; then one table.
 
     python benchmarks/demo.py --run runs/digits
 
@@ -7,6 +7,7 @@ Each step is the command that a user would type, and is printed. A repeated call
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
 import psutil
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -75,6 +77,7 @@ def run_pipeline(arguments: DemoArguments) -> dict[str, Any]:
         "retrain": [*_launcher(arguments.processes), "engine/retrain.py"],
         "export": [sys.executable, "engine/export.py"],
         "latency": [sys.executable, "benchmarks/latency.py", "--batch-sizes", "1", "32", "--precisions", "fp32"],
+        "report": [sys.executable, "search/report.py"],
     }
     figures: dict[str, Any] = {}
     for name, command in steps.items():
@@ -108,12 +111,20 @@ def run_step(command: list[str]) -> int:
 
 
 def _launcher(processes: int) -> list[str]:
-    return [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_gpus", str(processes)]
+    """DeepSpeed's launcher on a free port: its own, 29500, is taken while another run is launched here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = str(Path(sys.executable).parent / "deepspeed")
+    return [program, "--quiet", "--num_gpus", str(processes), "--master_port", str(port)]
 
 
 def _environment() -> dict[str, str]:
     """The environment of the steps, with this interpreter's directory first: the launcher starts `python3`."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # otherwise the launcher warns that it found no GPU
+    return environment
 
 
 def show(run_dir: RunDir, figures: dict[str, Any]) -> None:
@@ -138,6 +149,7 @@ def show(run_dir: RunDir, figures: dict[str, Any]) -> None:
         table.add_row(_latency_name(row), escape(_latency_value(row)))
     table.add_row("time", ", ".join(f"{k[8:]} {duration(v)}" for k, v in figures.items() if k.startswith("seconds_")))
     table.add_row("everything is in", str(run_dir.path))
+    table.add_row("the report", figures["report"]["report"])
     Console(width=110).print(table)
 
 

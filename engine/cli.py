@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -25,7 +26,9 @@ def parse(kind: type[Arguments], description: str | None, argv: Sequence[str], d
     DeepSpeed's launcher adds --local_rank=N to every script; the environment says the same, so it is dropped.
     """
     own = [argument for argument in argv if not argument.startswith("--local_rank")]
-    options: dict[str, Any] = {"args": own, "description": description, "config": (tyro.conf.FlagCreatePairsOff,)}
+    # Commands in a description stay on lines of their own, where the help would otherwise fill up paragraphs.
+    text = re.sub(r"\n *(?=(?:python|deepspeed) )", "\n\n", description or "")
+    options: dict[str, Any] = {"args": own, "description": text, "config": (tyro.conf.FlagCreatePairsOff,)}
     captured = io.StringIO()
     try:
         with redirect_stderr(captured):

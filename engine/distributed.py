@@ -47,7 +47,8 @@ class Process:
 def start_process(timeout_minutes: float = 30) -> Process:
     """Join the processes that the `deepspeed` launcher started; alone when there is no launcher.
 
-    A process that does not hear from another for `timeout_minutes` gives up.
+    A process that does not hear from another for `timeout_minutes` gives up. Raises `UserError` when the launcher's
+    port is taken.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no GPU
@@ -70,7 +71,16 @@ def start_process(timeout_minutes: float = 30) -> Process:
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise UserError(
+            f"port {port} of this machine is in use, perhaps by another run; processes of a run need a port of their "
+            "own: give the launcher another one with deepspeed --master_port PORT"
+        ) from None
     # Gradients are reduced in a second group of all ranks, which DeepSpeed would make with torch's own 30 minutes.
     everyone = range(torch.distributed.get_world_size())
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(everyone, timeout=timeout)

@@ -81,6 +81,9 @@ def run(main: Callable[[], None]) -> None:
         # All ranks meet bad input alike and one says it; a machine fails for one rank alone.
         told = error.told or (_rank() != 0 and not isinstance(error, MachineError))
         _leave(f"error: {error}", error.exit_code, told=told)
+    except BrokenPipeError:  # whoever reads our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_MACHINE_ERROR) from None
     except (OSError, RuntimeError, MemoryError, sqlite3.Error) as error:
         failure = machine_failure(error)
         if failure is None:

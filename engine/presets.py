@@ -1,6 +1,7 @@
 """Presets: a function each, whose docstring holds the command and what to expect of it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from engine.config import EvaluationConfig, OptimizerConfig, RetrainConfig, RunConfig, SamplingConfig, ShrinkConfig
 from engine.data import DataConfig
@@ -166,3 +167,14 @@ def preset(name: str) -> RunConfig:
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; allowed are {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+def at_resolution(config: RunConfig, pixels: int) -> RunConfig:
+    """A preset for images of another height and width: the space follows, and the resize before a centre crop."""
+    data = config.data
+    resize = data.resize and round(data.resize * pixels / data.resolution)
+    return replace(
+        config,
+        space=replace(config.space, resolution=pixels),
+        data=replace(data, resolution=pixels, resize=resize),
+    )

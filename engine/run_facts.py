@@ -171,14 +171,14 @@ class RunFacts:
         return self._json("latency/latency.json") or {}
 
     @cached_property
-    def block_latency(self) -> Row:
-        """Latency of every block of the best network, where it was measured."""
-        return self._json("latency/blocks.json") or {}
+    def latency_tables(self) -> list[Path]:
+        """Files of search/latency.py, the newest last."""
+        return sorted((self.path / "latency").glob("model-*.json"), key=_modified)
 
     @cached_property
     def ranking(self) -> Row:
         """One-shot against stand-alone accuracy, where benchmarks/ranking.py has measured it."""
-        return self._json("ranking/ranking.json") or self._json("figures/ranking.json") or {}
+        return self._json("ranking/ranking.json") or {}
 
     @cached_property
     def exports(self) -> list[Path]:

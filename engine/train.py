@@ -26,7 +26,7 @@ from engine.distributed import entered_by_main, on_main, start_process
 from engine.errors import run
 from engine.journal import recorded
 from engine.kernel_choice import force_kernels
-from engine.presets import preset
+from engine.presets import at_resolution, preset
 from engine.rundir import RunDir
 from engine.trainer import SupernetTrainer
 
@@ -49,7 +49,7 @@ class TrainArguments:
 
 def main() -> None:
     argv = sys.argv[1:]
-    default = TrainArguments(config=preset(option(argv, "preset") or "digits"))
+    default = TrainArguments(config=_starting_config(argv))
     arguments = parse(TrainArguments, __doc__, argv, default)
     overrides = load_deepspeed_overrides(arguments.deepspeed_config)
     path = arguments.run or Path("runs") / arguments.config.preset
@@ -63,6 +63,13 @@ def main() -> None:
         if process.is_main:
             write_figures(arguments.json, trainer.figures())
             print(f"supernet trained; everything is in {run_dir.path}")
+
+
+def _starting_config(argv: list[str]) -> RunConfig:
+    """The preset that the options change. Its space follows the resolution of the images."""
+    config = preset(option(argv, "preset") or "digits")
+    pixels = option(argv, "data.resolution")
+    return at_resolution(config, int(pixels)) if pixels and pixels.isdigit() and int(pixels) else config
 
 
 def _open_run(path: Path, arguments: TrainArguments) -> tuple[RunDir, RunConfig]:

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 from engine.cli import parse, write_figures
 from engine.errors import UserError, run
+from engine.run_facts import RunFacts
 from engine.space import Operation, Space
 from search.constraints import Limit, format_count, parse_count
 from search.costs import OBJECTIVES, constraints_for
@@ -153,6 +154,7 @@ def main() -> None:
     from engine.kernel_choice import force_kernels
     from engine.trained_run import TrainedRun
     from search.finalists import LatencyTable
+    from search.reporting.tensorboard import write_search_events
     from search.searching import search
 
     process = start_process(arguments.timeout_minutes)
@@ -175,6 +177,7 @@ def main() -> None:
             for limits in requested
         ]
     if process.is_main:
+        write_search_events(RunFacts(trained.run.path))
         figures = results[-1]
         if arguments.all_budgets:
             figures = {**figures, "budgets": results}

@@ -1,9 +1,10 @@
 """Distributions of one-shot accuracy over the training (Figure 5), and one-shot against stand-alone (Figure 6)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.run_facts import Row, RunFacts, quantile
 from search.reporting.picture import BLUE, INK, MUTED, ORANGE, STEPS, Picture, drawing
@@ -48,8 +49,8 @@ def draw_probes(run: RunFacts) -> Picture:
 def draw_scored(run: RunFacts) -> Picture:
     steps = run.shrink_steps
     everything = [100 * value for step in steps for value in step.top1]
-    edges = np.linspace(min(everything), max(everything) + 1e-9, 41 if len(everything) > 1500 else 25)
-    caption = "Every subnet that a shrink step scored, as a share of that step's subnets. Later steps have the stronger colour."
+    edges = bin_edges(everything, 40 if len(everything) > 1500 else 24)
+    caption = "Every subnet that a shrink step scored, as a share of that step's. Later steps have the stronger colour."
     title = f"All {len(everything):,} scored subnets"
     with drawing("accuracy-of-scored", title, caption, height=270) as (picture, (axes,)):
         for step in steps:
@@ -71,6 +72,17 @@ def draw_scored(run: RunFacts) -> Picture:
         axes.set_ylabel("share of subnets, %")
         axes.legend(loc="upper left")
     return picture
+
+
+def bin_edges(values: Sequence[float], most: int) -> npt.NDArray[np.float64]:
+    """Edges of at most `most` bins that each hold as many of the values' steps: top-1 moves by an image at a time."""
+    levels = np.unique(np.round(values, 6))
+    if len(levels) == 1:
+        return np.array([levels[0] - 0.5, levels[0] + 0.5])
+    step = np.diff(levels).min()
+    count = math.ceil((levels[-1] - levels[0]) / step + 0.5)
+    steps_per_bin = math.ceil(count / most)
+    return levels[0] - step / 2 + steps_per_bin * step * np.arange(math.ceil(count / steps_per_bin) + 1)
 
 
 def ranking_pictures(run: RunFacts) -> Iterator[Picture]:
@@ -99,18 +111,5 @@ def ranking_pictures(run: RunFacts) -> Iterator[Picture]:
 
 
 def ranking_rows(run: RunFacts) -> list[Row]:
-    """Rows with arch, one_shot and stand_alone, whatever the study calls them."""
-    rows = []
-    for row in run.ranking.get("archs", []):
-        if not isinstance(row, dict):
-            continue
-        one_shot = _first(row, "one_shot", "one_shot_top1", "oneshot_top1", "top1")
-        alone = _first(row, "stand_alone", "stand_alone_top1", "standalone_top1", "test_top1")
-        if one_shot is not None and alone is not None:
-            rows.append({"arch": row.get("arch", ""), "one_shot": one_shot, "stand_alone": alone})
-    return rows
-
-
-def _first(row: Row, *names: str) -> float | None:
-    values = (row.get(name) for name in names)
-    return next((value for value in values if isinstance(value, float) and not math.isnan(value)), None)
+    """Rows of benchmarks/ranking.py with arch, one_shot and stand_alone."""
+    return [row for row in run.ranking.get("archs", []) if {"arch", "one_shot", "stand_alone"} <= row.keys()]

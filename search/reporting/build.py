@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.atomic import write_atomically
 from engine.console import Progress
-from engine.run_facts import RunFacts, ago
+from engine.run_facts import RunFacts
 from search.reporting.accuracy import accuracy_pictures, ranking_pictures
 from search.reporting.architecture import architecture_picture
 from search.reporting.costs import latency_pictures, time_pictures
@@ -118,12 +118,17 @@ def state(run: RunFacts) -> str:
     """One line on what the run is at, as HTML."""
     owner = run.owner()
     preset = escape(str(run.config.get("preset", "")))
-    changed = f"preset {preset}, last change {ago(run.last_change())}"
+    changed = f"preset {preset}, last change {utc(run.last_change())}"
     if owner is not None and owner.alive:
         activity = run.activity or {}
         doing = escape(activity.get("doing", "at work"))
         return f'<span class="running">In progress: {doing}</span>, {escape(owner.text)}, {changed}'
     return f"Nothing is running, {changed}"
+
+
+def utc(seconds_since_1970: float) -> str:
+    """`2026-01-31 12:00 UTC`: a page is read long after it was written."""
+    return datetime.fromtimestamp(seconds_since_1970, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def write_page(title: str, state_html: str, sections: list[Section], file: Path, *, running: bool) -> list[Path]:
@@ -144,8 +149,8 @@ def write_page(title: str, state_html: str, sections: list[Section], file: Path,
     for table in (table for section in sections for table in section.tables):
         write_atomically(directory / f"{table.name}.csv", table.csv().encode())
         files.append(directory / f"{table.name}.csv")
-    now = datetime.now(timezone.utc).isoformat(" ", "seconds")
-    foot = f"Written {now} by search/report.py. Pictures as SVG and PNG, tables as CSV: {escape(directory.name)}/"
+    where = f"Pictures as SVG and PNG, tables as CSV: {escape(directory.name)}/"
+    foot = f"Written {utc(time.time())} by search/report.py. {where}"
     text = page(title, state_html, sections, svgs, running=running, refresh=REFRESH_SECONDS, foot=foot)
     write_atomically(file, text.encode())
     return files

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 
+from engine.errors import UserError
 from engine.run_facts import Row, RunFacts
+from search.latency_model import LatencyModel
+from search.network_parts import PartTable
 from search.reporting.picture import BLUE, FAINT, GREEN, INK, Picture, drawing
 
 
@@ -11,9 +14,28 @@ def latency_pictures(run: RunFacts) -> Iterator[Picture]:
     rows = [row for row in run.latency.get("rows", []) if "p50_ms" in row]
     if rows:
         yield draw_backends(rows)
-    blocks = [row for row in run.block_latency.get("rows", []) if "ms" in row]
+    blocks = block_rows(run)
     if blocks:
         yield draw_blocks(blocks)
+
+
+def block_rows(run: RunFacts) -> list[Row]:
+    """Latency of every part of the chosen network by the run's newest latency table; empty where there is none."""
+    if run.chosen is None or not run.latency_tables:
+        return []
+    try:
+        model = LatencyModel.load(run.latency_tables[-1])
+    except UserError as error:
+        run.damaged.append(str(error))
+        return []
+    parts = PartTable(run.space).parts(run.chosen)
+    names = ["stem", *(f"block {number}" for number in range(1, len(parts) - 1)), "tail"]
+    table = run.latency_tables[-1].stem
+    return [
+        {"part": name, "form": str(part), "ms": model.parts[str(part)].ms, "table": table}
+        for name, part in zip(names, parts, strict=True)
+        if str(part) in model.parts
+    ]
 
 
 def backend_name(row: Row) -> str:
@@ -22,7 +44,8 @@ def backend_name(row: Row) -> str:
 
 
 def draw_backends(rows: list[Row]) -> Picture:
-    caption = f"Time for one batch: bars are medians, lines reach to the 99th percentile. {rows[0].get('hardware', '')}"
+    hardware = ". ".join(dict.fromkeys(str(row["hardware"]) for row in rows if "hardware" in row))
+    caption = f"Time for one batch: bars are medians, lines reach to the 99th percentile. {hardware}"
     with drawing("latency", "Latency by backend", caption, height=70 + 24 * len(rows)) as (picture, (axes,)):
         for place, row in enumerate(rows):
             text = (
@@ -40,11 +63,11 @@ def draw_backends(rows: list[Row]) -> Picture:
 
 
 def draw_blocks(rows: list[Row]) -> Picture:
-    caption = "Each part of the released network by itself."
+    caption = f"What each part of the network adds, by the latency table {rows[0]['table']}."
     with drawing("latency-blocks", "Latency by block", caption, height=70 + 19 * len(rows)) as (picture, (axes,)):
         for place, row in enumerate(rows):
             axes.barh(place, row["ms"], 0.6, color=GREEN)
-            axes.patches[-1].set_gid(picture.mark(f"block-{place}", [f"{row['part']}\n{row['ms']:.4f} ms"]))
+            axes.patches[-1].set_gid(picture.mark(f"block-{place}", [f"{row['form']}\n{row['ms']:.4f} ms"]))
         axes.set_yticks(range(len(rows)), [str(row["part"]) for row in rows], fontsize=10)
         axes.invert_yaxis()
         axes.grid(False, axis="y")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from matplotlib.ticker import MaxNLocator
 
 from engine.run_facts import Row, RunFacts, Search, quantile
-from search.reporting.picture import BLUE, FAINT, INK, MUTED, ORANGE, SERIES, STEPS, Picture, drawing
+from search.reporting.picture import BLUE, FAINT, INK, ORANGE, SERIES, STEPS, Picture, drawing
 
 
 def evolution_pictures(run: RunFacts) -> Iterator[Picture]:
@@ -56,7 +56,7 @@ def draw_front(runs: Sequence[tuple[str, RunFacts]]) -> Picture:
     alone = len(runs) == 1
     caption = (
         "Every subnet of the run's searches; the line joins those that no other beats in both. The ring is the "
-        "architecture that was chosen."
+        f"architecture that was chosen.{' Stronger colour: later generations.' if alone else ''}"
     )
     name, title = "pareto", "Accuracy against multiply-adds"
     with drawing(name if alone else "pareto-of-both", title, caption, height=280) as (picture, (axes,)):
@@ -85,17 +85,7 @@ def draw_front(runs: Sequence[tuple[str, RunFacts]]) -> Picture:
         axes.set_xlabel("MACs of the released network, M")
         axes.set_ylabel("one-shot top-1, %")
         axes.margins(0.06)
-        if alone:
-            axes.text(
-                0.98,
-                0.02,
-                "stronger colour: later generations",
-                transform=axes.transAxes,
-                ha="right",
-                fontsize=9.5,
-                color=MUTED,
-            )
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 0.97), ncols=2, borderaxespad=0)
     return picture
 
 

@@ -31,7 +31,11 @@
     return box;
   }
 
-  function show(plot, state, index) {
+  // What the tip speaks of now, and whether the keyboard chose it.
+  let shown = null;
+
+  function show(plot, state, index, byKeyboard) {
+    shown = { plot, state, index, byKeyboard };
     const box = places(plot, state);
     const mark = state.marks[index];
     state.index = index;
@@ -48,6 +52,7 @@
   }
 
   function hide(state) {
+    shown = null;
     tip.style.display = "none";
     state.ring.style.display = "none";
   }
@@ -71,7 +76,7 @@
     const point = (event) => {
       if (!ready()) return;
       const index = nearest(plot, state, event);
-      if (index < 0) hide(state); else show(plot, state, index);
+      if (index < 0) hide(state); else show(plot, state, index, false);
     };
     plot.addEventListener("pointermove", point);
     plot.addEventListener("pointerdown", point);
@@ -85,11 +90,15 @@
         ArrowUp: state.index - 1, Home: 0, End: last, PageDown: state.index + 10, PageUp: state.index - 10 }[event.key];
       if (next === undefined) return;
       event.preventDefault();
-      show(plot, state, Math.max(0, Math.min(last, next)));
+      show(plot, state, Math.max(0, Math.min(last, next)), true);
       live.textContent = state.marks[state.index].text;
     });
   }
-  addEventListener("scroll", () => { tip.style.display = "none"; }, { passive: true });
+  // Focus scrolls a picture into view, so the keyboard's mark is followed; the pointer's has moved away from it.
+  addEventListener("scroll", () => {
+    if (!shown) return;
+    if (shown.byKeyboard) show(shown.plot, shown.state, shown.index, true); else hide(shown.state);
+  }, { passive: true });
 
   function save(name, kind, text) {
     const link = document.createElement("a");

@@ -83,7 +83,11 @@ def _section(section: Section, svgs: dict[str, str]) -> str:
         parts.append(f'<p class="missing">{section.missing or "Nothing yet."}</p></section>\n')
         return "\n".join(parts)
     parts.append(section.extra)
-    if section.pictures:
+    tables = [table_html(table) for table in section.tables]
+    if len(section.pictures) == 1 and section.tables and section.tables[0].unfolded:
+        picture = _picture(section.pictures[0], svgs)
+        parts.append(f'<div class="beside"><div>{picture}</div><div>{tables.pop(0)}</div></div>')
+    elif section.pictures:
         parts.append(f'<div class="grid">{"".join(_picture(p, svgs) for p in section.pictures)}</div>')
     if section.sides:
         sides = (
@@ -92,7 +96,7 @@ def _section(section: Section, svgs: dict[str, str]) -> str:
             for label, pictures in section.sides
         )
         parts.append(f'<div class="sides">{"".join(sides)}</div>')
-    parts += [table_html(table) for table in section.tables]
+    parts += tables
     return "\n".join([*filter(None, parts), "</section>\n"])
 
 
@@ -131,8 +135,9 @@ def table_html(table: Table, *, differing: Sequence[bool] = (), open_: bool = Fa
     )
     count = f"{len(table.rows):,} rows" if len(rows) == len(table.rows) else f"{len(rows)} of {len(table.rows):,} rows"
     csv = table.csv().replace("</", "<\\/")
+    opening = "<details open>" if open_ or table.unfolded else "<details>"
     return (
-        f"<details{' open' if open_ else ''}><summary>{escape(table.title)} <small>({count})</small></summary>"
+        f"{opening}<summary>{escape(table.title)} <small>({count})</small></summary>"
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title, quote=True)}"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         f'<div class="tools"><button type="button" data-csv="{table.name}" '

@@ -4,7 +4,7 @@ matplotlib draws all three, so they cannot differ. In the page, colours become C
 that carry a `gid` get hover texts from a few lines of script, which keeps a report far smaller than one that ships a
 charting library: plotly's bundle alone is 4.5 MB, vega's 0.8 MB.
 
-A picture is laid out for a width of about 380 CSS pixels, so that it is legible on a phone and three fit side by side
+A picture is laid out for a width of about 345 CSS pixels, so that it is legible on a phone and three fit side by side
 on a desktop.
 """
 
@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 INK, MUTED, GRID, CARD = "#1b1f24", "#59636e", "#d9dee3", "#ffffff"
 BLUE, ORANGE, GREEN, RED, PURPLE = "#1f6fb5", "#c2571a", "#1a7f45", "#c0322b", "#7d4aa8"
@@ -36,15 +37,15 @@ VARIABLES = {
 }  # fmt: skip
 """CSS variable of each colour; a colour that is not here stays as it is."""
 OTHER_KERNELS = (GREEN, RED, BLUE, ORANGE)
-WIDTH = 380
-PNG_DPI = 200
+WIDTH = 345
+PNG_DPI = 160
 _STYLE: Any = {
     "font.size": 11.5, "font.family": "sans-serif", "axes.titlesize": 11, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.labelsize": 11, "xtick.labelsize": 10.5, "ytick.labelsize": 10.5,
     "legend.fontsize": 10.5, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": FAINT, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "text.color": INK,
     "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8, "axes.axisbelow": True, "figure.facecolor": CARD,
-    "axes.facecolor": "none", "svg.fonttype": "none", "lines.linewidth": 1.8, "legend.labelcolor": INK,
+    "axes.facecolor": "none", "text.parse_math": False, "lines.linewidth": 1.8, "legend.labelcolor": INK,
 }  # fmt: skip
 
 
@@ -73,12 +74,12 @@ class Picture:
             FigureCanvasSVG(self.figure).print_svg(out, metadata={"Date": None, "Creator": None})
         return out.getvalue()
 
-    def save_png(self, file: Path) -> None:
+    def save_png(self, file: Path | io.BytesIO) -> None:
         canvas = FigureCanvasAgg(self.figure)
         before = self.figure.dpi
         self.figure.dpi = PNG_DPI
         try:
-            canvas.print_png(str(file))
+            canvas.print_png(file)
         finally:
             self.figure.dpi = before
 
@@ -108,11 +109,12 @@ def drawing(
 ) -> Iterator[tuple[Picture, list[Axes]]]:
     """A picture and its axes side by side, in the common style; sizes are CSS pixels."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)  # type: ignore[union-attr, call-arg]
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+        layout = ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07)
+        figure.set_layout_engine(layout)
         axes = figure.subplots(1, panels, squeeze=False)[0]
         yield Picture(name, title, caption, figure), list(axes)
-        figure.draw_without_rendering()
+        layout.execute(figure)
         figure.set_layout_engine("none")  # the layout is done: saving twice need not repeat it
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from engine.cost import CostModel
 from engine.run_facts import Row, RunFacts, quantile
 from search.reporting.accuracy import ranking_rows
+from search.reporting.costs import block_rows
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Table:
     rows: list[tuple[Any, ...]]
     shown: int = 200
     """Most rows of it in the page; the file has all."""
+    unfolded: bool = False
+    """Whether the page shows it at once."""
 
     def csv(self) -> str:
         out = io.StringIO()
@@ -45,7 +48,7 @@ def summary(run: RunFacts) -> list[tuple[str, str]]:
     fastest = [row for row in run.latency.get("rows", []) if row.get("batch") == 1 and "p50_ms" in row]
     if fastest:
         row = min(fastest, key=lambda r: r["p50_ms"])
-        rows.append((f"Latency, {row['backend']} {row['precision']}", f"{row['p50_ms']:.2f} ms"))
+        rows.append((f"Latency, {row['backend']} {row['precision']}", f"{row['p50_ms']:.3g} ms"))
     rows.append(("Space", f"{first:.2e}" if len(run.spaces) == 1 else f"{first:.2e} → {last:,.4g}"))
     if run.epochs:
         rows.append(("Epochs", f"{run.epochs[-1]['epoch']} of {run.total_epochs}"))
@@ -92,9 +95,10 @@ def tables(run: RunFacts) -> Iterator[Table]:
         )  # fmt: skip
         rows = [tuple(row.get(c) for c in columns) for row in run.latency["rows"]]
         yield Table("latency", "Latency and parity by backend", columns, rows)
-    if run.block_latency.get("rows"):
-        rows = [(row["part"], row["ms"]) for row in run.block_latency["rows"] if "ms" in row]
-        yield Table("latency-blocks", "Latency by block", ("part", "ms"), rows)
+    parts = block_rows(run)
+    if parts:
+        columns = ("part", "form", "ms", "table")
+        yield Table("latency-blocks", "Latency by block", columns, [tuple(row[c] for c in columns) for row in parts])
     yield costs(run)
     if run.commands:
         yield commands(run)
@@ -113,7 +117,7 @@ def blocks(run: RunFacts) -> Table:
         )
     ]  # fmt: skip
     columns = ("block", "in", "hidden", "out", "kernel", "expansion", "stride", "shortcut")
-    return Table("architecture", "Blocks of the architecture", columns, rows)
+    return Table("architecture", "Blocks of the architecture", columns, rows, unfolded=True)
 
 
 def shrink_steps(run: RunFacts) -> Table:

@@ -80,5 +80,11 @@ def _mark_steps(axes: Axes, steps: Sequence[int]) -> None:
     for number, epoch in enumerate(steps, 1):
         axes.axvline(epoch, color=MUTED, lw=0.9, ls=":")
         axes.annotate(
-            f" shrink {number}", (epoch, 1), xycoords=("data", "axes fraction"), fontsize=9.5, color=MUTED, va="top"
+            f"shrink {number}",
+            (epoch, 1.01),
+            xycoords=("data", "axes fraction"),
+            fontsize=9.5,
+            color=MUTED,
+            va="bottom",
+            ha="center",
         )
