@@ -184,6 +184,11 @@ class RunConfig:
                 f"data resolution {self.data.resolution} and space resolution {self.space.resolution} differ; "
                 "set both to the same"
             )
+        if self.data.channels != self.space.input_channels:
+            raise UserError(
+                f"data channels {self.data.channels} and input channels {self.space.input_channels} of the space "
+                "differ; set both to the same"
+            )
 
 
 def to_json(config: Any) -> Any:

@@ -25,11 +25,11 @@ class EvaluationSet:
     """Decoded, resized and cropped images with their labels."""
 
     images: npt.NDArray[np.uint8]
-    """[N, H, W, 3], read-only, memory-mapped from the cache directory."""
+    """[N, H, W, C], read-only, memory-mapped from the cache directory."""
     labels: npt.NDArray[np.int64]
-    mean: tuple[float, float, float]
-    """In units of 0 to 1."""
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    """Of each channel, in units of 0 to 1."""
+    std: tuple[float, ...]
     fingerprint: str
     """Hash of the files, their order, labels and the transform, normalisation included."""
 
@@ -39,13 +39,13 @@ class EvaluationSet:
     def normalized(
         self, device: torch.device | str, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None
     ) -> Tensor:
-        """Images start to stop, normalised: [N, 3, H, W], channels_last, `dtype`, on `device`."""
+        """Images start to stop, normalised: [N, C, H, W], channels_last, `dtype`, on `device`."""
         chosen = torch.from_numpy(np.array(self.images[start:stop]))
         return normalize(chosen.to(device), self.mean, self.std, dtype)
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """uint8 [N, H, W, 3] to normalised [N, 3, H, W] in channels_last, on the device that holds the images."""
+    """uint8 [N, H, W, C] to normalised [N, C, H, W] in channels_last, on the device that holds the images."""
     shift = torch.tensor(mean, device=images.device) * 255
     scale = 1 / (torch.tensor(std, device=images.device) * 255)
     return ((images.float() - shift) * scale).to(dtype).permute(0, 3, 1, 2)
@@ -57,23 +57,29 @@ def evaluation_set(files: FileList, config: DataConfig) -> EvaluationSet:
     The first process decodes and the others wait for it. Raises UserError that names a file that cannot be
     decoded.
     """
-    transform = {"format": FORMAT, "resolution": config.resolution, "resize": config.resize}
+    transform = {
+        "format": FORMAT,
+        "resolution": config.resolution,
+        "resize": config.resize,
+        "channels": config.channels,
+    }
     identity = hashlib.sha256(f"{files.identity}{json.dumps(transform)}".encode()).hexdigest()
     directory = config.cache / "evaluation" / identity[:32]
     build_directory(directory, lambda work: _decode(files, config, work))
     images = np.load(directory / "images.npy", mmap_mode="r")
-    scale = json.dumps([identity, config.mean, config.std])
+    mean, std = config.scale
+    scale = json.dumps([identity, mean, std])
     return EvaluationSet(
         images=images,
         labels=files.labels,
-        mean=config.mean,
-        std=config.std,
+        mean=mean,
+        std=std,
         fingerprint=hashlib.sha256(scale.encode()).hexdigest(),
     )
 
 
 def _decode(files: FileList, config: DataConfig, work: Path) -> None:
-    shape = (len(files), config.resolution, config.resolution, 3)
+    shape = (len(files), config.resolution, config.resolution, config.channels)
     needed, free = int(np.prod(shape)), shutil.disk_usage(work).free
     if needed > free:
         raise UserError(

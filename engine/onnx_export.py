@@ -123,10 +123,11 @@ def export_onnx(
         if hasattr(layer, "inplace"):
             layer.inplace = False  # the exporter undoes in-place operations, which doubles its time
     module = ExportedNetwork(folded.to(DTYPES[format.precision]), format, mean, std).eval()
-    shape = (format.batch or 2, 3, resolution, resolution)
+    channels = len(mean)
+    shape = (format.batch or 2, channels, resolution, resolution)
     example = torch.zeros(shape)
     if format.input == "uint8":
-        example = torch.zeros((shape[0], resolution, resolution, 3), dtype=torch.uint8)
+        example = torch.zeros((shape[0], resolution, resolution, channels), dtype=torch.uint8)
     dynamic = None if format.batch else {"images": {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}}
     program = torch.onnx.export(
         module,

@@ -13,7 +13,7 @@ class Images(Protocol):
 
     @property
     def images(self) -> np.ndarray:
-        """uint8 [N, H, W, 3]."""
+        """uint8 [N, H, W, C]."""
         ...
 
     @property
@@ -22,12 +22,12 @@ class Images(Protocol):
         ...
 
     @property
-    def mean(self) -> tuple[float, float, float]:
+    def mean(self) -> tuple[float, ...]:
         """Of the channels, in units of 0 to 1."""
         ...
 
     @property
-    def std(self) -> tuple[float, float, float]:
+    def std(self) -> tuple[float, ...]:
         """Of the channels, in units of 0 to 1."""
         ...
 
@@ -69,7 +69,7 @@ class ScoredImages:
         return len(self._order)
 
     def normalized(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """The images visited as start..stop-1: [n, 3, H, W], channels_last, normalised."""
+        """The images visited as start..stop-1: [n, C, H, W], channels_last, normalised."""
         chosen = self._order[start:stop]
         if self._resident is not None:
             raw = self._resident[torch.from_numpy(chosen).to(self._device)]

@@ -1,10 +1,12 @@
-"""The search-validation split: n images per class held out of train/, chosen by a seed, recorded in a JSON file."""
+"""The search-validation split: images of each class held out of train/, chosen by a seed, recorded in a JSON file."""
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +28,18 @@ class Split:
     fingerprint: str
 
 
-def choose(files: FileList, classes: Sequence[str], per_class: int, seed: int) -> npt.NDArray[np.int64]:
-    """Positions of `per_class` files of each class: those with the smallest hash of (seed, name).
+def is_count_or_share(per_class: float) -> bool:
+    """Whether a number says how many of a class are held out: a count, or a share below 1."""
+    return 0 < per_class < 1 or (per_class >= 1 and per_class == int(per_class))
+
+
+def count_of(per_class: float, members: int) -> int:
+    """How many of the `members` of a class are held out: the count, or the share of them, rounded up."""
+    return math.ceil(per_class * members) if per_class < 1 else int(per_class)
+
+
+def choose(files: FileList, classes: Sequence[str], per_class: float, seed: int) -> npt.NDArray[np.int64]:
+    """Positions of `per_class` files of each class (see `count_of`): those with the smallest hash of (seed, name).
 
     A hash instead of a random generator: the choice does not depend on the order of the listing, on library
     versions, or on files that are added to other classes.
@@ -35,20 +47,31 @@ def choose(files: FileList, classes: Sequence[str], per_class: int, seed: int) -
     chosen: list[int] = []
     for label, name in enumerate(classes):
         members = np.flatnonzero(files.labels == label).tolist()
-        if len(members) <= per_class:
+        count = count_of(per_class, len(members))
+        if len(members) <= count:
             raise UserError(
                 f"class {name} has {len(members)} images in {files.root / name}, but the search-validation split takes "
-                f"{per_class} per class and must leave some to train; add images or lower val_per_class"
+                f"{count} per class and must leave some to train; add images or lower val_per_class"
             )
-        members.sort(key=lambda i: (_rank(seed, files.names[i]), files.names[i]))
-        chosen.extend(members[:per_class])
+        members.sort(key=lambda i: (hash_rank(seed, files.names[i]), files.names[i]))
+        chosen.extend(members[:count])
     return np.array(sorted(chosen), np.int64)
 
 
 def load_or_create_split(
-    where: Path, root: Path, classes: Sequence[str], files: FileList, *, per_class: int, seed: int
+    where: Path,
+    root: Path,
+    classes: Sequence[str],
+    files: FileList,
+    *,
+    per_class: float,
+    seed: int,
+    made: Path | None = None,
 ) -> Split:
-    """The split recorded in the file `where`, made when missing. Raises UserError when it does not fit."""
+    """The split recorded in the file `where`; when missing, a copy of the one in `made` if that is as large, else new.
+
+    Raises UserError when it does not fit.
+    """
     expected = {
         "format": FORMAT,
         "seed": seed,
@@ -58,8 +81,10 @@ def load_or_create_split(
         "file_hash": files.content_hash,
     }
     if not where.exists():
-        indices = choose(files, classes, per_class, seed)
-        record = {**expected, "root": str(root), "search_val": [files.names[i] for i in indices]}
+        record = _read(made) if made is not None and made.is_file() else {}
+        if record.get("per_class") != per_class:
+            indices = choose(files, classes, per_class, seed)
+            record = {**expected, "root": str(root), "search_val": [files.names[i] for i in indices]}
         write_atomically(where, (json.dumps(record, indent=1) + "\n").encode())
     record = _read(where)
     _check(record, expected, where, root)
@@ -78,17 +103,23 @@ def load_or_create_split(
     return Split(indices=indices, file=where, fingerprint=fingerprint)
 
 
-def _rank(seed: int, name: str) -> bytes:
+def hash_rank(seed: int, name: str) -> bytes:
+    """A place for a name in a random order that depends on the seed and the name alone."""
     return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
 
 
-def default_file(cache: Path, root: Path, per_class: int, seed: int) -> Path:
+def default_file(cache: Path, root: Path, per_class: float, seed: int) -> Path:
     """Where a split is recorded when no place is given: one file per (directory, n per class, seed)."""
     place = hashlib.sha256(str(root.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:12]
     return cache / "splits" / f"{root.name}-{place}-n{per_class}-seed{seed}.json"
 
 
-def _read(where: Path) -> dict[str, list[str]]:
+def default_name(per_class: float, seed: int) -> str:
+    """What the split file of a prepared directory is called."""
+    return f"split-n{per_class}-seed{seed}.json"
+
+
+def _read(where: Path) -> dict[str, Any]:
     try:
         record = json.loads(where.read_text())
         if not all(type(name) is str for name in record["search_val"]) or not isinstance(record["file_hash"], str):
@@ -98,7 +129,7 @@ def _read(where: Path) -> dict[str, list[str]]:
     return record  # type: ignore[no-any-return]
 
 
-def _check(record: dict[str, list[str]], expected: dict[str, object], where: Path, root: Path) -> None:
+def _check(record: dict[str, Any], expected: dict[str, object], where: Path, root: Path) -> None:
     for key, meaning in (
         ("seed", "split seed"),
         ("per_class", "number of images per class"),

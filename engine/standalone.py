@@ -15,7 +15,6 @@ from engine.config import RunConfig, SafetyConfig
 from engine.data import Dataset
 from engine.distributed import Process, average_batchnorm, on_main
 from engine.evaluation_set import EvaluationSet
-from engine.image_files import list_images
 from engine.loader import TrainLoader
 from engine.metrics import Meter, MetricsLog, Reporter
 from engine.optimization import Optimization, default_precision, learning_rate
@@ -82,7 +81,7 @@ class StandaloneTrainer:
         self.optimizer_config = optimizer
         precision = config.precision or default_precision(process)
         self.loader = TrainLoader(
-            list_images(data.root / "train", data.classes),
+            data.everything,
             config.data,
             batch_size=process.per_rank(optimizer.batch_size),
             seed=config.seed,

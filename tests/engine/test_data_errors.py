@@ -30,16 +30,35 @@ def cache(tmp_path):
         ({"source": "folder"}, "source folder needs a path; give the directory that holds train/ and val/"),
         ({"path": "/x"}, "path /x goes with source folder only, not with digits; set the source to folder"),
         ({"resolution": 0}, "resolution is 0; it must be at least 1"),
-        ({"val_per_class": 0}, "val_per_class is 0; it must be at least 1"),
+        (
+            {"val_per_class": 0},
+            "val_per_class is 0; give a whole number of at least 1, or a share between 0 and 1",
+        ),
+        (
+            {"val_per_class": 2.5},
+            "val_per_class is 2.5; give a whole number of at least 1, or a share between 0 and 1",
+        ),
+        ({"channels": 0}, "channels is 0; it must be at least 1"),
+        ({"max_broken": 1.5}, "max_broken is 1.5; it must be a share between 0 and 1"),
+        ({"erase": -0.1}, "erase is -0.1; it must be a share between 0 and 1"),
+        ({"mixup": -1.0}, "mixup is -1.0; it must be at least 0"),
+        (
+            {"rand_magnitude": 31},
+            "rand_magnitude 31 and rand_operations 2: the strongest is 30, the most are 8",
+        ),
+        (
+            {"channels": 1, "mean": (0.5,), "std": (0.25,), "policy": "rand"},
+            "policy rand changes colours, which images of 1 channels lack; set policy none",
+        ),
         ({"pad": -1}, "pad is -1; it must be at least 0"),
         ({"threads": -1}, "threads is -1; it must be at least 0"),
-        ({"prefetch": 0}, "prefetch is 0; it must be at least 1"),
+        ({"prefetch": -1}, "prefetch is -1; it must be at least 0"),
         ({"resize": 15}, "resize 15 is below resolution 16; make it at least as large"),
         (
             {"crop_scale": (0.5, 0.2)},
             "crop_scale is (0.5, 0.2); it must be two shares of the area with 0 < low <= high <= 1",
         ),
-        ({"std": (1.0, 0.0, 1.0)}, "mean and std need three values each, and std must be positive"),
+        ({"std": (1.0, 0.0, 1.0)}, "mean and std need one value or one per channel (3), and std must be positive"),
     ],
 )
 def test_configuration(settings, message):
@@ -172,7 +191,7 @@ def test_cache_that_cannot_be_written(tmp_path):
         f"cannot write {cache}/.digits.lock: Not a directory; set cache_dir to a directory that can be written"
     )
     images = write_image_folder(tmp_path / "images")
-    assert open_error(images, cache).endswith("Not a directory; choose a directory that can be written")
+    assert open_error(images, cache).endswith("Not a directory; set cache_dir to a directory that can be written")
 
 
 def test_fashion_mnist_neither_installed_nor_downloadable(cache, monkeypatch, tmp_path):
@@ -247,7 +266,7 @@ def break_file(path, kind):
 def test_batch_larger_than_the_data_set(folder, cache):
     config = folder_config(folder, cache)
     with pytest.raises(UserError) as caught:
-        TrainLoader(open_dataset(config).train, config, batch_size=14, seed=0, world_size=2)
+        TrainLoader(open_dataset(config).train, config, batch_size=14, seed=0, world_size=2, drop_last=True)
     assert str(caught.value) == (
         "27 training images do not fill one batch of 28 over 2 processes; lower the batch size or add images"
     )
