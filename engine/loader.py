@@ -5,19 +5,23 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.augment import draw_windows
+from engine.augment import Augmentation
 from engine.data import DataConfig
-from engine.decode import Batch, path_bytes, train_pipeline, undecodable_file
+from engine.decode import Batch, handed_over, undecodable_image
 from engine.image_files import FileList
-from engine.image_shapes import image_shapes
+from engine.mixing import Mixing
 from engine.order import EpochOrder
+from engine.train_pipeline import train_pipeline
 
 
 class TrainLoader:
-    """Batches of one rank: normalised images [N, 3, H, W] in channels_last and `dtype`, labels int64 [N], on `device`.
+    """Batches of one rank: normalised images [N, C, H, W] in channels_last and `dtype`, labels int64 [N], on `device`.
+
+    With mixup or CutMix, labels are probabilities fp32 [N, classes] instead.
 
     Global batch g of an epoch is the same set of images for every number of ranks; each rank gets a
     contiguous part of it. Iteration can begin at any (epoch, step) and gives what an uninterrupted run would
@@ -35,9 +39,12 @@ class TrainLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        drop_last: bool = True,
+        drop_last: bool = False,
     ) -> None:
-        """`batch_size` is per rank. `drop_last=False` keeps every image; batch sizes then differ by one at most."""
+        """`batch_size` is per rank. Every image is seen once an epoch; batch sizes then differ by one at most.
+
+        `drop_last` leaves out what does not fill a batch over all ranks.
+        """
         self._order = EpochOrder(
             len(files),
             global_batch=batch_size * world_size,
@@ -47,15 +54,18 @@ class TrainLoader:
             drop_last=drop_last,
         )
         self.steps_per_epoch = self._order.steps
-        self._files, self._config, self._seed, self._dtype = files, config, seed, dtype
+        self._files, self._config, self._dtype = files, config, dtype
+        self._augmentation = Augmentation(config, seed)
+        self._mixing = Mixing(config, seed, classes=int(files.labels.max()) + 1)
         self._device = torch.device(device)
-        self._shapes = image_shapes(files, config)
+        self._shapes = files.shapes[:, :2]
         self._cursor = 0
         self._ahead: deque[int] = deque()  # positions handed to the pipeline and not yet received
         self._wait = _Wait(self._device)
         self._pipeline = train_pipeline(
-            config,
+            self._augmentation,
             self._feed,
+            files,
             batch_size=batch_size,
             device=self._device,
             dtype=dtype,
@@ -75,10 +85,14 @@ class TrainLoader:
         for step in range(start, self.steps_per_epoch):
             yield self._receive(epoch * self.steps_per_epoch + step)
 
+    def order_of(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Positions in the list of files, in the order in which this rank sees them."""
+        return np.concatenate([self._order.rank_batch(epoch, step) for step in range(self.steps_per_epoch)])
+
     def names(self, position: int, ranks: Iterable[int]) -> str:
         """The files of a batch, counted over all epochs, that some ranks got: for a message."""
         place = divmod(position, self.steps_per_epoch)
-        files = [self._files.path(i) for rank in ranks for i in self._order.rank_batch(*place, rank)]
+        files = [self._files.describe(i) for rank in ranks for i in self._order.rank_batch(*place, rank)]
         return ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
 
     def _feed(self) -> Batch:
@@ -87,10 +101,9 @@ class TrainLoader:
         self._ahead.append(self._cursor)
         self._cursor += 1
         indices = self._order.rank_batch(epoch, step)
-        windows = draw_windows(self._config, self._seed, epoch, indices, self._shapes[indices])
-        paths = [path_bytes(self._files.path(i)) for i in indices.tolist()]
-        cut = () if self._config.augment == "none" else (windows.start, windows.shape)
-        return paths, self._files.labels[indices], windows.mirror, *cut
+        on_gpu = self._device.type == "cuda"
+        drawn = self._augmentation.draw(epoch, indices, self._shapes[indices], on_gpu=on_gpu)
+        return handed_over(self._files, indices.tolist()), self._files.labels[indices], *drawn.values()
 
     def _receive(self, position: int) -> tuple[Tensor, Tensor]:
         """The batch at a position counted over all epochs; after a jump, what was decoded ahead is dropped."""
@@ -101,7 +114,8 @@ class TrainLoader:
             while self._ahead.popleft() != position:
                 outputs = self._run()
         images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-        return images.to(self._dtype).permute(0, 3, 1, 2), labels
+        images = images.to(self._dtype).permute(0, 3, 1, 2)
+        return self._mixing.mix(images, labels, *divmod(position, self.steps_per_epoch))
 
     def _run(self) -> tuple:  # type: ignore[type-arg]
         # On a GPU the outputs belong to torch's current stream: the host does not wait, and DALI reuses their memory
@@ -112,8 +126,7 @@ class TrainLoader:
         except RuntimeError as error:
             steps = [divmod(position, self.steps_per_epoch) for position in self._ahead]
             indices = np.concatenate([np.empty(0, np.int64), *(self._order.rank_batch(*step) for step in steps)])
-            paths = [self._files.path(i) for i in indices.tolist()]
-            raise undecodable_file(paths, error) from None
+            raise undecodable_image(self._files, indices.tolist(), self._config, error) from None
 
 
 class _Wait:

@@ -30,7 +30,12 @@ class Meter:
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """One pass: mean loss [], logits [N, classes], labels [N]. One without a finite loss does not count."""
+        """One pass: mean loss [], logits [N, classes], labels [N]. One without a finite loss does not count.
+
+        Of labels that are probabilities [N, classes] (mixup), the likeliest class counts.
+        """
+        if labels.ndim == 2:
+            labels = labels.argmax(1)
         correct = (logits.argmax(1) == labels).sum()
         images = torch.full_like(correct, len(labels))
         values = torch.stack([loss.detach() * len(labels), correct, images, images]).double()

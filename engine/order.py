@@ -57,14 +57,18 @@ class EpochOrder:
         return batch[len(batch) * rank // self._world_size : len(batch) * (rank + 1) // self._world_size]
 
 
-def sample_uniform(seed: int, epoch: int, indices: Indices, count: int) -> npt.NDArray[np.float64]:
-    """`count` numbers in [0, 1) per sample, [len(indices), count]; each depends on (seed, epoch, index, column) only.
+def sample_uniform(seed: int, epoch: int, indices: Indices, count: int, *, first: int = 0) -> npt.NDArray[np.float64]:
+    """Numbers in [0, 1) of each sample, from its number `first` on, [len(indices), count].
+
+    Each depends on (seed, epoch, index) and its own position only.
 
     SplitMix64's finaliser over a counter: a generator object per sample would cost 20 us each.
     """
     key = _mix(_mix(np.uint64(seed & (2**64 - 1))) + np.uint64(epoch))
     rows = _mix(key + np.asarray(indices).astype(np.uint64))
-    bits = _mix(rows[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    bits = _mix(
+        rows[:, None] + np.arange(first + 1, first + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    )
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -178,3 +178,15 @@ def at_resolution(config: RunConfig, pixels: int) -> RunConfig:
         space=replace(config.space, resolution=pixels),
         data=replace(data, resolution=pixels, resize=resize),
     )
+
+
+def at_channels(config: RunConfig, channels: int) -> RunConfig:
+    """A preset for images of another number of channels, normalised by the mean of its means and deviations."""
+    if channels == config.data.channels:
+        return config
+    mean, std = ((round(sum(values) / len(values), 4),) for values in (config.data.mean, config.data.std))
+    return replace(
+        config,
+        space=replace(config.space, input_channels=channels),
+        data=replace(config.data, channels=channels, mean=mean, std=std),
+    )

@@ -26,7 +26,7 @@ from engine.distributed import entered_by_main, on_main, start_process
 from engine.errors import run
 from engine.journal import recorded
 from engine.kernel_choice import force_kernels
-from engine.presets import at_resolution, preset
+from engine.presets import at_channels, at_resolution, preset
 from engine.rundir import RunDir
 from engine.trainer import SupernetTrainer
 
@@ -43,6 +43,8 @@ class TrainArguments:
     """DeepSpeed JSON that is merged over the generated configuration."""
     kernels: str | None = None
     """Kernel backend to force: reference, triton or onednn."""
+    show: Path | None = None
+    """Write a picture of augmented training images there (PNG), and train nothing."""
     json: Path | None = None
     """File for the figures of this training."""
 
@@ -51,6 +53,9 @@ def main() -> None:
     argv = sys.argv[1:]
     default = TrainArguments(config=_starting_config(argv))
     arguments = parse(TrainArguments, __doc__, argv, default)
+    if arguments.show is not None:
+        show_augmented(arguments.config, arguments.show)
+        return
     overrides = load_deepspeed_overrides(arguments.deepspeed_config)
     path = arguments.run or Path("runs") / arguments.config.preset
     process = start_process(arguments.safety.timeout_minutes)
@@ -66,10 +71,21 @@ def main() -> None:
 
 
 def _starting_config(argv: list[str]) -> RunConfig:
-    """The preset that the options change. Its space follows the resolution of the images."""
+    """The preset that the options change. Its space follows the resolution and the channels of the images."""
     config = preset(option(argv, "preset") or "digits")
-    pixels = option(argv, "data.resolution")
-    return at_resolution(config, int(pixels)) if pixels and pixels.isdigit() and int(pixels) else config
+    for name, adapt in (("resolution", at_resolution), ("channels", at_channels)):
+        given = option(argv, f"data.{name}")
+        if given and given.isdecimal() and int(given):  # anything else is left to the parser
+            config = adapt(config, int(given))
+    return config
+
+
+def show_augmented(config: RunConfig, target: Path) -> None:
+    """A grid: each row an image of the training set as it is and as training sees it in seven epochs."""
+    from engine.show import write_augmented
+
+    write_augmented(open_dataset(config.data).train, config.data, config.seed, target)
+    print(f"augmented training images are in {target}")
 
 
 def _open_run(path: Path, arguments: TrainArguments) -> tuple[RunDir, RunConfig]:

@@ -223,9 +223,9 @@ def test_waiting_is_counted(place):
 
 
 def test_steps_per_epoch(place):
-    assert loader_over(place, batch_size=4).steps_per_epoch == 6
-    assert loader_over(place, batch_size=4, drop_last=False).steps_per_epoch == 7
-    assert len(batches(loader_over(place, batch_size=4, drop_last=False))) == 7
+    assert loader_over(place, batch_size=4, drop_last=True).steps_per_epoch == 6
+    assert loader_over(place, batch_size=4).steps_per_epoch == 7
+    assert len(batches(loader_over(place, batch_size=4))) == 7
 
 
 @pytest.mark.gpu
