@@ -1,18 +1,19 @@
-"""How many training images a second does the loader give, against DALI's own reader and torchvision's DataLoader?
+"""How many training images a second does the loader give, against bare DALI, torchvision, webdataset and ffcv?
 
 python benchmarks/loader.py
 python benchmarks/loader.py --cases photographs --rounds 9 --json loader.json
 
 On the CPU, in one run and on the same cores: every contender has as many threads or workers as there are cores. The
-photographs are generated (see benchmarks/photographs.py); the resized copy has a shorter side of 256 pixels. Contenders
-take turns in every round; figures are medians over rounds, ratios are taken within a round.
+photographs are generated (see benchmarks/photographs.py); the resized copy is the one that engine/prepare.py --resize
+256 writes. Contenders take turns in every round; figures are medians over rounds, ratios are taken within a round.
 """
 
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -23,7 +24,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.loader_contenders import CONTENDERS
+from benchmarks import loader_contenders, loader_peers
+from benchmarks.loader_contenders import Contender
 from benchmarks.photographs import write_photographs, write_resized
 from benchmarks.provenance import provenance
 from engine.cli import parse, write_figures
@@ -31,6 +33,14 @@ from engine.data import DataConfig, open_dataset
 from engine.errors import UserError, run
 from engine.image_files import FileList
 
+CONTENDERS: dict[str, Callable[[FileList, DataConfig, int], Contender]] = {
+    "ours": loader_contenders.ours,
+    "bare_dali": loader_contenders.bare_dali,
+    "torchvision_pil": loader_contenders.torchvision_pil,
+    "torchvision_decode_jpeg": loader_contenders.torchvision_decode_jpeg,
+    "webdataset": loader_peers.webdataset,
+    "ffcv": loader_peers.ffcv,
+}
 Case = Literal["photographs", "resized", "digits"]
 CASES: tuple[Case, ...] = ("photographs", "resized", "digits")
 WARMUP_BATCHES = 6  # more than any contender holds ready, so that the timed ones are made while the clock runs
@@ -74,7 +84,7 @@ def main() -> None:
     console = Console()
     cases = {}
     for case in arguments.cases:
-        console.print(f"{case}: {arguments.rounds} rounds of {len(CONTENDERS)} loaders")
+        console.print(f"{case}: {arguments.rounds} rounds of every loader")
         files, config = open_case(case, arguments)
         cases[case] = {"bytes_per_image": int(files.sizes.mean()), **compare(files, config, arguments, case)}
         console.print(table(cases[case]))
@@ -114,42 +124,69 @@ def open_case(case: Case, arguments: LoaderArguments) -> tuple[FileList, DataCon
     return open_dataset(config).train, config
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One run of a contender."""
+
+    images_per_s: float
+    cpu_ms_per_image: float
+    """Over all its processes."""
+    first_batch_s: float
+    """From its construction in a fresh process, imports aside, to its first batch."""
+    memory_mib: float
+    """Peak resident memory, added up over its processes."""
+
+
 def compare(files: FileList, config: DataConfig, arguments: LoaderArguments, case: Case) -> dict[str, Any]:
-    """Figures per contender, and the two ratios that matter."""
+    """Figures per contender, the ratios that matter, and why a contender did not run."""
     batches = arguments.batches * (10 if case == "digits" else 1)
-    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
+    missing = {name: why for name in CONTENDERS if (why := loader_peers.why_missing(name))}
+    present = [name for name in CONTENDERS if name not in missing]
+    rows: dict[str, list[Measured]] = {name: [] for name in present}
     for _ in range(arguments.rounds):
-        for name in CONTENDERS:
+        for name in present:
             # A process of its own: no contender meets threads, memory or imports of another.
             with ProcessPoolExecutor(1, get_context("spawn")) as alone:
                 rows[name].append(alone.submit(measure, name, files, config, arguments.batch_size, batches).result())
 
-    def over_rounds(column: int) -> dict[str, float]:
-        return {name: median(row[column] for row in rounds) for name, rounds in rows.items()}
+    def over_rounds(field: str) -> dict[str, float]:
+        return {name: median(getattr(row, field) for row in rounds) for name, rounds in rows.items()}
 
     def ratio(peer: str) -> float:
-        return median(own[0] / other[0] for own, other in zip(rows["ours"], rows[peer], strict=True))
+        pairs = zip(rows["ours"], rows[peer], strict=True)
+        return median(own.images_per_s / other.images_per_s for own, other in pairs)
 
     return {
-        "images_per_s": over_rounds(0),
-        "cpu_ms_per_image": over_rounds(1),
+        **{field.name: over_rounds(field.name) for field in fields(Measured)},
         "speedup_vs_torchvision": ratio("torchvision_pil"),
         "speedup_vs_torchvision_decode_jpeg": ratio("torchvision_decode_jpeg"),
         "share_of_bare_dali": ratio("bare_dali"),
+        "speedups": {name: ratio(name) for name in present if name != "ours"},
+        "missing": missing,
     }
 
 
-def measure(name: str, files: FileList, config: DataConfig, batch_size: int, batches: int) -> tuple[float, float]:
-    """Images/s, and CPU ms per image over all processes of a contender."""
+def measure(name: str, files: FileList, config: DataConfig, batch_size: int, batches: int) -> Measured:
+    """Run one contender, after batches that are not timed."""
+    began = time.perf_counter()
     contender = CONTENDERS[name](files, config, batch_size)
-    for _ in range(WARMUP_BATCHES):
+    next(contender.batches)
+    first = time.perf_counter() - began
+    for _ in range(WARMUP_BATCHES - 1):
         next(contender.batches)
     cpu, clock = cpu_seconds(contender.worker_pids), time.perf_counter()
     for _ in range(batches):
         next(contender.batches)
     seconds, cpu = time.perf_counter() - clock, cpu_seconds(contender.worker_pids) - cpu
     images = batches * batch_size
-    return images / seconds, 1000 * cpu / images
+    memory = sum(peak_mib(pid) for pid in (os.getpid(), *contender.worker_pids))
+    return Measured(images / seconds, 1000 * cpu / images, first, memory)
+
+
+def peak_mib(pid: int) -> float:
+    """Peak resident memory of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def cpu_seconds(worker_pids: list[int]) -> float:
@@ -164,15 +201,20 @@ def cpu_seconds(worker_pids: list[int]) -> float:
 def table(figures: dict[str, Any]) -> Table:
     """Contenders as rows."""
     title = f"{figures['bytes_per_image'] / 1000:.1f} KB an image"
-    result = Table("loader", "images/s", "CPU ms/image", "ours is", title=title)
-    for name in CONTENDERS:
-        speed = figures["images_per_s"]
+    columns = ("images/s", "CPU ms/image", "first batch s", "memory MiB", "ours is")
+    result = Table("loader", *columns, title=title)
+    speed = figures["images_per_s"]
+    for name in speed:
         result.add_row(
             name,
             f"{speed[name]:.0f}",
             f"{figures['cpu_ms_per_image'][name]:.3f}",
-            f"{speed['ours'] / speed[name]:.2f}x",
+            f"{figures['first_batch_s'][name]:.2f}",
+            f"{figures['memory_mib'][name]:.0f}",
+            f"{figures['speedups'].get(name, 1):.2f}x",
         )
+    for name, why in figures["missing"].items():
+        result.add_row(name, why)
     return result
 
 

@@ -106,7 +106,8 @@ def _decode(path: str) -> Tensor:
     return decode_image(read_file(path), ImageReadMode.RGB)
 
 
-def _data_loader(files: FileList, load: Callable[[str], object], config: DataConfig, batch_size: int) -> Contender:
+def transforms(config: DataConfig) -> Callable[[object], Tensor]:
+    """The augmentation of a configuration in torchvision's transforms."""
     size = (config.resolution, config.resolution)
     crop = (
         [v2.RandomResizedCrop(size, scale=config.crop_scale, antialias=True)]
@@ -115,7 +116,12 @@ def _data_loader(files: FileList, load: Callable[[str], object], config: DataCon
     )
     flip = [v2.RandomHorizontalFlip()] if config.flip else []
     convert = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)]
-    dataset = _Files(files, load, v2.Compose([*crop, *flip, *convert]))
+    composed: Callable[[object], Tensor] = v2.Compose([*crop, *flip, *convert])
+    return composed
+
+
+def _data_loader(files: FileList, load: Callable[[str], object], config: DataConfig, batch_size: int) -> Contender:
+    dataset = _Files(files, load, transforms(config))
     loader = DataLoader(
         dataset,
         batch_size,
@@ -132,11 +138,3 @@ def _data_loader(files: FileList, load: Callable[[str], object], config: DataCon
             yield from (images for images, _ in loader)
 
     return Contender(batches(), [worker.pid for worker in first._workers])  # type: ignore[attr-defined]
-
-
-CONTENDERS: dict[str, Callable[[FileList, DataConfig, int], Contender]] = {
-    "ours": ours,
-    "bare_dali": bare_dali,
-    "torchvision_pil": torchvision_pil,
-    "torchvision_decode_jpeg": torchvision_decode_jpeg,
-}

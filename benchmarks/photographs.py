@@ -11,6 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from engine.atomic import build_directory
+from engine.formats.image_folder import ImageFolderReader
+from engine.preparing import Preparation, prepare
+from engine.stored_images import Resizing
 
 CLASSES = ("a", "b", "c", "d")
 QUALITY = 94
@@ -57,15 +60,18 @@ def write_photographs(directory: Path, count: int) -> Path:
 
 
 def write_resized(source: Path, directory: Path, shorter: int = 256) -> Path:
-    """A copy of an ImageFolder with the shorter side resized, quality 90; made once."""
+    """The copy that engine/prepare.py writes with `--resize`; made once."""
 
     def build(work: Path) -> None:
-        for path in sorted(source.rglob("*.jpg")):
-            image = Image.open(path)
-            scale = shorter / min(image.size)
-            target = work / path.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            size = (round(image.width * scale), round(image.height * scale))
-            image.resize(size, Image.Resampling.LANCZOS).save(target, quality=90)
+        preparation = Preparation(
+            output=work,
+            resizing=Resizing(shorter=shorter, quality=90, channels=3),
+            val_per_class=1,
+            split_seed=0,
+            max_broken=0.0,
+            max_megapixels=1,
+            threads=2,
+        )
+        prepare(ImageFolderReader(source), preparation)
 
     return build_directory(directory, build)
