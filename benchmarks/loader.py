@@ -44,6 +44,7 @@ CONTENDERS: dict[str, Callable[[FileList, DataConfig, int], Contender]] = {
 Case = Literal["photographs", "resized", "digits"]
 CASES: tuple[Case, ...] = ("photographs", "resized", "digits")
 WARMUP_BATCHES = 6  # more than any contender holds ready, so that the timed ones are made while the clock runs
+PREFETCH = 2
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -104,7 +105,7 @@ def open_case(case: Case, arguments: LoaderArguments) -> tuple[FileList, DataCon
     cache = Path(arguments.cache_dir).expanduser()
     threads = arguments.threads or len(os.sched_getaffinity(0))
     if case == "digits":
-        config = DataConfig(cache_dir=str(cache), resolution=16, pad=1, threads=threads)
+        config = DataConfig(cache_dir=str(cache), resolution=16, pad=1, threads=threads, prefetch=PREFETCH)
         return open_dataset(config).train, config
     root = write_photographs(cache / "benchmark" / f"photographs-{arguments.images}", arguments.images)
     if case == "resized":
@@ -119,6 +120,7 @@ def open_case(case: Case, arguments: LoaderArguments) -> tuple[FileList, DataCon
         augment="resized-crop",
         flip=True,
         threads=threads,
+        prefetch=PREFETCH,
         **IMAGENET,  # type: ignore[arg-type]
     )
     return open_dataset(config).train, config
@@ -142,6 +144,8 @@ def compare(files: FileList, config: DataConfig, arguments: LoaderArguments, cas
     batches = arguments.batches * (10 if case == "digits" else 1)
     missing = {name: why for name in CONTENDERS if (why := loader_peers.why_missing(name))}
     present = [name for name in CONTENDERS if name not in missing]
+    if "webdataset" in present:
+        loader_peers.webdataset_shards(files, config)
     rows: dict[str, list[Measured]] = {name: [] for name in present}
     for _ in range(arguments.rounds):
         for name in present:

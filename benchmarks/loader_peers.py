@@ -12,7 +12,6 @@ from benchmarks.loader_contenders import Contender, transforms
 from engine.atomic import build_directory
 from engine.data import DataConfig
 from engine.image_files import FileList
-from engine.shard_writer import write_shards
 
 SHARD_BYTES = 8_000_000
 """Small, so that a few hundred images make more shards than there are workers."""
@@ -29,16 +28,27 @@ def why_missing(name: str) -> str | None:
     return None
 
 
+def webdataset_shards(files: FileList, config: DataConfig) -> Path:
+    """The images as shards, made once; in a process that forks no workers, since this loads DALI."""
+
+    def build(work: Path) -> None:
+        from engine.shard_writer import write_shards
+
+        classes = [str(label) for label in range(int(files.labels.max()) + 1)]
+        write_shards(work, "train", files, classes, SHARD_BYTES, threads=2)
+
+    return build_directory(_shards(files, config), build)
+
+
+def _shards(files: FileList, config: DataConfig) -> Path:
+    return config.cache / "benchmark" / f"webdataset-{files.identity[:12]}"
+
+
 def webdataset(files: FileList, config: DataConfig, batch_size: int) -> Contender:
     """WebDataset shards decoded with PIL in DataLoader workers, as its documentation has it for ImageNet."""
     import webdataset as wds
 
-    def build(work: Path) -> None:
-        classes = [str(label) for label in range(int(files.labels.max()) + 1)]
-        write_shards(work, "train", files, classes, SHARD_BYTES, threads=2)
-
-    directory = build_directory(config.cache / "benchmark" / f"webdataset-{files.identity[:12]}", build)
-    shards = sorted(str(path) for path in (directory / "shards").glob("*.tar"))
+    shards = sorted(str(path) for path in (_shards(files, config) / "shards").glob("*.tar"))
     transform = transforms(config)
     dataset = (
         wds.WebDataset(shards, resampled=True, shardshuffle=False, nodesplitter=wds.split_by_node)

@@ -11,9 +11,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from engine.atomic import build_directory
-from engine.formats.image_folder import ImageFolderReader
-from engine.preparing import Preparation, prepare
-from engine.stored_images import Resizing
 
 CLASSES = ("a", "b", "c", "d")
 QUALITY = 94
@@ -60,9 +57,13 @@ def write_photographs(directory: Path, count: int) -> Path:
 
 
 def write_resized(source: Path, directory: Path, shorter: int = 256) -> Path:
-    """The copy that engine/prepare.py writes with `--resize`; made once."""
+    """The copy that engine/prepare.py writes with `--resize`; made once. Loads DALI, as the caller may not want to."""
 
     def build(work: Path) -> None:
+        from engine.formats.image_folder import ImageFolderReader
+        from engine.preparing import Preparation, prepare
+        from engine.stored_images import Resizing
+
         preparation = Preparation(
             output=work,
             resizing=Resizing(shorter=shorter, quality=90, channels=3),

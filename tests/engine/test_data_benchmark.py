@@ -19,7 +19,8 @@ CONTENDERS = {"ours", "bare_dali", "torchvision_pil", "torchvision_decode_jpeg",
 def test_figures(tmp_path):
     settings = ["--cases", "digits", "--rounds", "1", "--batches", "1", "--batch-size", "16", "--threads", "1"]
     command = [sys.executable, str(SCRIPT), *settings, "--cache-dir", str(tmp_path), "--json", str(tmp_path / "f.json")]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
     figures = json.loads((tmp_path / "f.json").read_text())
     case = figures["cases"]["digits"]
     for field in ("images_per_s", "cpu_ms_per_image", "first_batch_s", "memory_mib"):

@@ -122,7 +122,7 @@ def test_auto_augment_follows_its_table():
         assert abs(seen[name] - share) < 0.015, name
 
 
-def test_a_known_operation_does_what_it_says(tmp_path):
+def test_a_known_operation_does_what_it_says():
     """Operations of TrivialAugment at full strength, against what their names mean."""
     plan = policy_plan(DataConfig(policy="trivial", resolution=24))
     names = [operation.name for operation in plan.stages[0]]
@@ -144,13 +144,13 @@ def _apply(plan, image, operation):
 
     from engine.decode import fn
 
+    def source():
+        return [image], *([np.array([value], np.int32)] for value in (operation, 30, 0))
+
     @pipeline_def(enable_conditionals=True)
     def graph():
-        given = fn.external_source(lambda: [image], batch=True, layout="HWC")
-        one, strength, sign = (
-            fn.external_source(lambda v=value: [np.array([v], np.int32)], batch=True) for value in (operation, 30, 0)
-        )
-        return plan.apply(given, one, strength, sign)
+        given, *choices = fn.external_source(source, num_outputs=4, batch=True, layout=["HWC", "", "", ""])
+        return plan.apply(given, *choices)
 
     pipeline = graph(batch_size=1, num_threads=1, device_id=None)
     pipeline.build()

@@ -224,7 +224,8 @@ def test_an_indexed_image_that_is_gone(folder, tmp_path):
         (("--val-share", "1"), "max broken 0.01, val share 1.0: give shares between 0 and 1"),
         (
             ("--threads", "-1"),
-            "channels 3, max megapixels 100, threads -1, shards None: each must be at least 1 (threads 0 for all cores)",
+            "channels 3, max megapixels 100, threads -1, shards None: each must be at least 1 (threads 0 for all "
+            "cores)",
         ),
         (
             ("--resize", "0"),
