@@ -89,6 +89,8 @@ def main() -> None:
         files, config = open_case(case, arguments)
         cases[case] = {"bytes_per_image": int(files.sizes.mean()), **compare(files, config, arguments, case)}
         console.print(table(cases[case]))
+        for name, why in cases[case]["missing"].items():
+            console.print(f"{name} did not run: {why}")
     figures: dict[str, Any] = {**provenance(), "cores": len(os.sched_getaffinity(0)), "cases": cases}
     figures |= {key: value for key, value in cases.get("photographs", {}).items() if key != "bytes_per_image"}
     if "resized" in cases:
@@ -217,8 +219,6 @@ def table(figures: dict[str, Any]) -> Table:
             f"{figures['memory_mib'][name]:.0f}",
             f"{figures['speedups'].get(name, 1):.2f}x",
         )
-    for name, why in figures["missing"].items():
-        result.add_row(name, why)
     return result
 
 

@@ -129,6 +129,7 @@ def _data_loader(files: FileList, load: Callable[[str], object], config: DataCon
         drop_last=True,
         num_workers=config.threads,
         persistent_workers=True,
+        multiprocessing_context="fork",  # Linux's default, which this process, itself spawned, does not have
     )
     first = iter(loader)
 

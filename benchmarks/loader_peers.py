@@ -58,7 +58,7 @@ def webdataset(files: FileList, config: DataConfig, batch_size: int) -> Contende
         .map_tuple(transform, int)
         .batched(batch_size, partial=False)
     )
-    stream = iter(DataLoader(dataset, batch_size=None, num_workers=config.threads))
+    stream = iter(DataLoader(dataset, batch_size=None, num_workers=config.threads, multiprocessing_context="fork"))
     workers = [worker.pid for worker in stream._workers]  # type: ignore[attr-defined]
     return Contender((images for images, _ in stream), workers)
 
