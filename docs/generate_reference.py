@@ -26,7 +26,8 @@ from engine.presets import PRESETS
 
 PAGE = ROOT / "docs/options.md"
 SCRIPTS = (
-    "engine/prepare.py", "engine/train.py", "search/evolve.py", "engine/retrain.py", "engine/export.py", "search/latency.py",
+    "engine/prepare.py", "engine/train.py", "search/evolve.py", "engine/retrain.py", "engine/export.py",
+    "search/latency.py",
     "benchmarks/latency.py", "benchmarks/serve_check.py", "search/report.py", "engine/status.py", "benchmarks/demo.py",
     "benchmarks/ranking.py", "benchmarks/early_decisions.py",
     "benchmarks/evaluation.py", "benchmarks/loader.py", "benchmarks/search_quality.py",
