@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -109,6 +110,7 @@ def _work(script: str, arguments: list[str], log: Path, environment: dict[str, s
     os.chdir(log.parent)
     sys.argv = [script, *arguments]
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background has it ignored
     if faults.file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (faults.file_bytes, faults.file_bytes))
     if faults.memory_bytes is not None:
