@@ -96,7 +96,8 @@ def load_or_create_split(
             f"split {where} names {error.args[0]}, which {root} does not hold; delete the split file"
         ) from None
     held = np.bincount(files.labels[np.unique(indices)], minlength=len(classes))
-    if len(indices) != held.sum() or (held != per_class).any():
+    due = [count_of(per_class, int(members)) for members in np.bincount(files.labels, minlength=len(classes))]
+    if len(indices) != held.sum() or held.tolist() != due:
         raise UserError(f"split {where} does not hold {per_class} images of each class; delete the split file")
     recorded = {**expected, "search_val": record["search_val"]}
     fingerprint = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()

@@ -240,13 +240,13 @@ def test_killed_at_random_it_ends_with_the_same_index(folder, tmp_path, monkeypa
     options = ("--resize", "32", "--shards", "1")
     subprocess.run(command(source, tmp_path / "undisturbed", *options), check=True, capture_output=True)
     rng, kills = random.Random(0), 0
-    for _ in range(40):
+    for _ in range(12):
         process = subprocess.Popen(command(source, tmp_path / "out", *options), stdout=subprocess.DEVNULL)
         began = time.monotonic()
         # From the first written file on, which is where something can be half done.
         while process.poll() is None and time.monotonic() - began < 60 and not (tmp_path / "out/.prepare").exists():
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.5 if kills < 6 else 60))
+        time.sleep(rng.uniform(0, 0.4 if kills < 3 else 60))
         if process.poll() is not None:
             break
         process.send_signal(signal.SIGKILL)

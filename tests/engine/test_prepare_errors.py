@@ -13,6 +13,7 @@ from engine.data import open_dataset
 from engine.errors import MachineError, UserError
 from engine.formats.archives import regular_members
 from engine.formats.open_source import open_source
+from engine.formats.tfrecord import parse_example
 from engine.loader import TrainLoader
 from engine.preparing import Preparation, prepare
 from engine.presets import digits_space
@@ -115,6 +116,38 @@ def test_validation_labels_that_are_none(folder, tmp_path):
     )
 
 
+def test_a_devkit_without_what_it_must_hold(folder, tmp_path):
+    write_imagenet(folder, tmp_path / "source")
+    devkit = tmp_path / "source" / "ILSVRC2012_devkit_t12.tar.gz"
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
+    message = error_of(run_prepare, tmp_path / "source", tmp_path / "out", val_labels=tmp_path / "binary")
+    assert "; give lines of file name and synset" in message
+    with tarfile.open(devkit) as tar:
+        meta = tar.extractfile("ILSVRC2012_devkit_t12/data/meta.mat").read()
+    with tarfile.open(devkit, "w:gz") as tar:
+        add(tar, "readme.txt", b"no more")
+    message = error_of(run_prepare, tmp_path / "source", tmp_path / "out")
+    assert message.endswith("; it must hold data/meta.mat and data/ILSVRC2012_validation_ground_truth.txt")
+    with tarfile.open(devkit, "w:gz") as tar:
+        add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", meta)
+    assert error_of(run_prepare, tmp_path / "source", tmp_path / "out") == (
+        f"{devkit} holds no data/ILSVRC2012_validation_ground_truth.txt; bring it back, or give --val-labels FILE"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x0a\x7f", "a field is longer than its message"),
+        (b"\x0b", "a field has the unknown type 3"),
+        (b"\xff" * 11, "a number is too long"),
+    ],
+)
+def test_messages_that_are_no_example(content, message):
+    with pytest.raises(ValueError, match=message):
+        parse_example(content)
+
+
 def test_odd_members_of_imagenets_archives(folder, tmp_path):
     write_imagenet(folder, tmp_path / "source")
     with tarfile.open(tmp_path / "source" / "ILSVRC2012_img_train.tar", "a") as tar:
@@ -211,7 +244,10 @@ def test_an_indexed_image_that_is_gone(folder, tmp_path):
         path.unlink()
     message = error_of(open_dataset, folder_config(tmp_path / "out", tmp_path / "cache"))
     assert message.startswith(f"{folder}/train/")
-    assert message.endswith("cannot be read (No such file or directory); bring it back, or run engine/prepare.py again")
+    assert message.endswith(
+        f" of the index in {tmp_path}/out cannot be read (No such file or directory); bring it back, or run "
+        "engine/prepare.py again"
+    )
 
 
 # ---- options
