@@ -236,6 +236,8 @@ def test_a_split_with_too_few_images(tmp_path: Path) -> None:
 
 def test_onnx_files_that_do_not_run(tmp_path: Path) -> None:
     file = tmp_path / "a.onnx"
+    with pytest.raises(UserError, match=r"a.onnx does not exist; export a network with engine/export.py"):
+        Server(file, 1, 1)
     file.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"ONNX Runtime cannot run .*; export it as fp32, or run it with TensorRT"):
         onnx_logits(file, np.zeros((1, 3, 4, 4), np.float32))

@@ -187,7 +187,7 @@ def test_architectures_outside_the_space_and_empty_sets_are_refused(nested):
     outside = archs_of(SPACES["full"])[0]
     with pytest.raises(UserError, match="allowed are"):
         Evaluator(nested, random_images(4)).evaluate([replace(outside, channels=(99, *outside.channels[1:]))])
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(UserError, match="the evaluation set has no images; give at least one"):
         Evaluator(nested, random_images(0))
     assert Evaluator(nested, random_images(4)).evaluate([]) == []
 

@@ -157,7 +157,7 @@ def test_a_disk_that_is_full_and_then_is_not(whole: Path, cache: Path, tmp_path:
 def test_no_memory(cache: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [*training(run, cache), "--optimizer.batch-size", "1024", "--data.threads", "1"]
-    process = start("engine/train.py", run, arguments, faults=Faults(memory_bytes=700 << 20))
+    process = start("engine/train.py", run, arguments, faults=Faults(memory_bytes=1000 << 20))
     assert process.ended(SECONDS) == 3, process.said()
     (line,) = error_lines(process.said())
     assert line.startswith("error: no memory: ")
