@@ -6,7 +6,8 @@ python benchmarks/throughput.py --path /data/imagenet --batches fresh
 
 The trainer of a preset runs rounds of paths with its loader and with a batch that is in memory already, in turns.
 Without --path, the imagenet preset gets generated photographs (benchmarks/photographs.py). images_per_s counts
-forward-backward passes over images; ratios are taken within a turn, figures are medians over turns.
+forward-backward passes over images; ratios are taken within a turn, figures are medians over turns, which swap their
+order each time.
 """
 
 import sys
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -38,6 +39,8 @@ from engine.rundir import RunDir
 from engine.trainer import SupernetTrainer
 
 PHOTOGRAPHS = 512
+HELD = 8
+"""Batches that the synthetic contender repeats."""
 NEVER = SafetyConfig(checkpoint_minutes=1e6)
 """No checkpoint falls into a measurement."""
 
@@ -113,15 +116,16 @@ def make_trainer(config: RunConfig, place: Path, process: Process) -> SupernetTr
 def measure(trainer: SupernetTrainer, rounds: int) -> dict[str, Any]:
     """Images/s of both, and the shares of time that the real one loses."""
     real = trainer._batches()
-    first = next(real)
-    contenders: dict[str, Iterator[tuple[Tensor, Tensor]]] = {"real": real, "synthetic": repeat(first)}
+    # Batch sizes differ by one, so a few batches are held. DALI reuses the memory of a batch that it has given.
+    held = [(images.clone(), labels.clone()) for images, labels in islice(real, HELD)]
+    contenders: dict[str, Iterator[tuple[Tensor, Tensor]]] = {"real": real, "synthetic": cycle(held)}
     trainer.supernet.train()
-    for batches in contenders.values():
+    for batches in list(contenders.values()) * 2:
         timed_round(trainer, batches)  # kernels are chosen, memory grows
     rows: dict[str, list[Turn]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, batches in contenders.items():
-            rows[name].append(timed_round(trainer, batches))
+    for turn in range(rounds):
+        for name in list(contenders)[:: -1 if turn % 2 else 1]:
+            rows[name].append(timed_round(trainer, contenders[name]))
     pairs = list(zip(rows["real"], rows["synthetic"], strict=True))
     return {
         "images_per_s": {name: median(turn.images / turn.seconds for turn in turns) for name, turns in rows.items()},
@@ -149,14 +153,14 @@ def timed_round(trainer: SupernetTrainer, batches: Iterator[tuple[Tensor, Tensor
     """Train a round of paths; on a GPU each of the timed parts is waited for."""
     device = trainer.process.device
     meter = Meter(device)
-    passes, waited = trainer.progress.passes, trainer.loader.wait_seconds
+    waited = trainer.loader.wait_seconds
     with compute_clock(trainer, device) as clock:
         synchronize(device)
         began = time.perf_counter()
         trainer.train_round(batches, meter)
         synchronize(device)
         seconds = time.perf_counter() - began
-    images = (trainer.progress.passes - passes) * trainer.config.optimizer.batch_size
+    images = int(meter.state()[2]) * trainer.process.world_size
     return Turn(images, seconds, trainer.loader.wait_seconds - waited, clock[0])
 
 
