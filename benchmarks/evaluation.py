@@ -48,7 +48,7 @@ class EvaluationArguments:
     device: str = "cpu"
     """Device that scores."""
     bf16: bool = False
-    """Score in bfloat16 too, and compare the ranking with float32's."""
+    """Score in bfloat16 too: its speed, and its ranking against float32's."""
     early: bool = True
     """Measure early decisions of the best and the worst third at 99.9 %."""
     memory_mib: int | None = None

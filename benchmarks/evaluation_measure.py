@@ -87,6 +87,9 @@ def measure_case(case: Case, settings: Settings, console: Console) -> dict[str, 
     score_through_loader(sequential[0], case.data, case.device)
     times: dict[str, list[float]] = {"ours": [], "sequential": [], "best_eager": []}
     scores: list[Score] = []
+    in_bf16: list[Score] = []
+    if settings.bf16:
+        times["ours_bf16"] = []
     logits: list[Tensor] = []
     with peak_memory(case.device) as peak:
         row["first_s"], scores = _timed(case.device, lambda: case.evaluator(settings).evaluate(archs))
@@ -100,6 +103,10 @@ def measure_case(case: Case, settings: Settings, console: Console) -> dict[str, 
         times["sequential"].append(seconds / count * len(archs))
         seconds, _ = _timed(case.device, lambda: [score_cached(network, cached) for network in best_eager])
         times["best_eager"].append(seconds / count * len(archs))
+        if settings.bf16:
+            bf16 = case.evaluator(settings, dtype=torch.bfloat16)
+            seconds, in_bf16 = _timed(case.device, partial(bf16.evaluate, archs))
+            times["ours_bf16"].append(seconds)
         console.print("  " + ", ".join(f"{name} {values[-1]:.1f} s" for name, values in times.items()))
     row |= {f"{name}_s": median(values) for name, values in times.items()}
     row["model_images_per_s"] = len(archs) * row["images"] / row["ours_s"]
@@ -114,7 +121,9 @@ def measure_case(case: Case, settings: Settings, console: Console) -> dict[str, 
     row |= compare(logits, case.data.labels, [by_arch[arch] for arch in sample])
     row["median_top1"] = median(score.top1 for score in scores)
     if settings.bf16:
-        row |= _measure_bf16(case, settings, archs, scores)
+        row["bf16_speedup_vs_sequential"] = _ratio(times["sequential"], times["ours_bf16"])
+        row["bf16_speedup_vs_best_eager"] = _ratio(times["best_eager"], times["ours_bf16"])
+        row["bf16_kendall_tau"] = tau([s.top1 for s in scores], [s.top1 for s in in_bf16])
     if settings.early:
         row |= _measure_early(case, settings, archs, scores, row["ours_s"])
     if case.recalibration is not None:
@@ -142,12 +151,6 @@ def compare(logits: Sequence[Tensor], labels: np.ndarray, scores: Sequence[Score
 
 def tau(a: Sequence[float], b: Sequence[float]) -> float:
     return 1.0 if len(set(a)) == 1 and list(a) == list(b) else float(kendalltau(a, b).statistic)
-
-
-def _measure_bf16(case: Case, settings: Settings, archs: Sequence[Arch], scores: Sequence[Score]) -> dict[str, Any]:
-    evaluator = case.evaluator(settings, dtype=torch.bfloat16)
-    seconds, in_bf16 = _timed(case.device, lambda: evaluator.evaluate(archs))
-    return {"bf16_s": seconds, "bf16_kendall_tau": tau([s.top1 for s in scores], [s.top1 for s in in_bf16])}
 
 
 def _measure_early(
