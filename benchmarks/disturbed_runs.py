@@ -40,8 +40,6 @@ class Faults:
 
     file_bytes: int | None = None
     """Files cannot grow beyond this (RLIMIT_FSIZE): a disk that is full."""
-    memory_bytes: int | None = None
-    """Address space beyond what the process has when it starts."""
     patch: Callable[[], None] | None = None
     """A function of a module, called before the script."""
 
@@ -113,10 +111,6 @@ def _work(script: str, arguments: list[str], log: Path, environment: dict[str, s
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background has it ignored
     if faults.file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (faults.file_bytes, faults.file_bytes))
-    if faults.memory_bytes is not None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + faults.memory_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     from engine.errors import run
 
     if faults.patch is not None:

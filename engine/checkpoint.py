@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.atomic import write_atomically, write_error
 from engine.config import from_json
-from engine.errors import MachineError, UserError
+from engine.errors import MachineError, UserError, machine_failure
 from engine.rundir import json_bytes, read_json
 from engine.space import Space
 from engine.tensor_file import read_tensors, write_tensors
@@ -235,6 +235,8 @@ class CheckpointWriter:
             self.written += 1
         except UserError as error:
             self._error = error
+        except MemoryError as error:
+            self._error = machine_failure(error)
         except OSError as error:
             self._error = write_error(self.directory, error)
 

@@ -140,11 +140,12 @@ def read_json(file: Path) -> Any:
     """The data in a JSON file. Raises `UserError` naming the file when it cannot be read."""
     try:
         with open(file, "rb") as handle:
-            content = handle.read(MAX_JSON_BYTES + 1)
-        if len(content) > MAX_JSON_BYTES:
-            raise UserError(
-                f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB, no file of a run; restore it or start a new run"
-            )
+            size = os.fstat(handle.fileno()).st_size
+            if size > MAX_JSON_BYTES:
+                raise UserError(
+                    f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB, no file of a run; restore it or start a new run"
+                )
+            content = handle.read(size)
         return json.loads(content.decode())
     except UserError:
         raise

@@ -246,7 +246,7 @@ def test_killed_at_random_it_ends_with_the_same_index(folder, tmp_path, monkeypa
         # From the first written file on, which is where something can be half done.
         while process.poll() is None and time.monotonic() - began < 60 and not (tmp_path / "out/.prepare").exists():
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.4 if kills < 3 else 60))
+        time.sleep(rng.uniform(0, 0.01 if kills < 3 else 60))
         if process.poll() is not None:
             break
         process.send_signal(signal.SIGKILL)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.disturbed_runs import Faults, Started, differences, error_lines, outcome, start_ranks, wait_until
 from benchmarks.soak_pipeline import poison_rank_1
@@ -154,10 +155,16 @@ def test_a_disk_that_is_full_and_then_is_not(whole: Path, cache: Path, tmp_path:
     assert differences(expected, ended) == []
 
 
+def ask_for_too_much() -> None:
+    """The first forward pass wants more memory than any machine has."""
+    from engine.optimization import Optimization
+
+    Optimization.forward = lambda *_: torch.empty(1 << 60, dtype=torch.uint8)  # type: ignore[method-assign]
+
+
 def test_no_memory(cache: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = [*training(run, cache), "--optimizer.batch-size", "1024", "--data.threads", "1"]
-    process = start("engine/train.py", run, arguments, faults=Faults(memory_bytes=1000 << 20))
+    process = start("engine/train.py", run, training(run, cache), faults=Faults(patch=ask_for_too_much))
     assert process.ended(SECONDS) == 3, process.said()
     (line,) = error_lines(process.said())
     assert line.startswith("error: no memory: ")
