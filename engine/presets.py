@@ -91,7 +91,7 @@ def fashion_mnist_space() -> Space:
 def digits() -> RunConfig:
     """scikit-learn's 1797 digits at 16x16, the embedded default.
 
-    `deepspeed --num_gpus 1 engine/train.py --preset digits`: about 3 minutes on 2 CPU cores; random subnets reach a
+    `deepspeed --num_gpus 1 engine/train.py --preset digits`: about 1 minute on 2 CPU cores; random subnets reach a
     median one-shot top-1 above 0.95 after the last step.
     """
     return RunConfig(
