@@ -9,14 +9,12 @@ from typing import Any
 from engine.errors import UserError
 from engine.formats.archives import stamp_of_archive
 from engine.formats.sample import (
-    EVERYTHING,
     ClassNames,
     Problem,
     Sample,
     UniqueNames,
-    part_of,
+    files_and_parts,
     sample_name,
-    take_test_for_val,
 )
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
@@ -30,11 +28,10 @@ class ParquetReader:
     def __init__(self, directory: Path, classes: tuple[str, ...] | None) -> None:
         """Raises UserError for a directory without Parquet files."""
         self._classes = classes
-        files = {path: part_of(str(path.relative_to(directory))) or EVERYTHING for path in directory.rglob("*.parquet")}
+        files = list(directory.rglob("*.parquet"))
         if not files:
             raise UserError(f"{directory} holds no .parquet files; give the directory of the data set's files")
-        used = take_test_for_val(set(files.values()))
-        self._files = [(path, used[part]) for path, part in sorted(files.items()) if part in used]
+        self._files = files_and_parts(directory, files)
         self.total_bytes = sum(path.stat().st_size for path, _ in self._files)
 
     def samples(self) -> Iterator[Sample | Problem]:

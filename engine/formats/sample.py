@@ -1,9 +1,9 @@
 """What every reader gives: samples, or problems where there should be one."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from engine.errors import UserError
@@ -98,6 +98,13 @@ def take_test_for_val(parts: set[str]) -> dict[str, str]:
     if "val" in parts or "test" not in parts:
         return {part: part for part in parts if part != "test"}
     return {part: "val" if part == "test" else part for part in parts}
+
+
+def files_and_parts(directory: Path, files: Iterable[Path]) -> list[tuple[Path, str]]:
+    """Files of a source below `directory` in the order of their paths, each with the part that it is used for."""
+    named = {path: part_of(str(path.relative_to(directory))) or EVERYTHING for path in files}
+    used = take_test_for_val(set(named.values()))
+    return [(path, used[part]) for path, part in sorted(named.items()) if part in used]
 
 
 class ClassNames:

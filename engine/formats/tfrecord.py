@@ -9,14 +9,12 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.formats.archives import range_reader, stamp_of_archive
 from engine.formats.sample import (
-    EVERYTHING,
     ClassNames,
     Problem,
     Sample,
     UniqueNames,
-    part_of,
+    files_and_parts,
     sample_name,
-    take_test_for_val,
 )
 from engine.image_check import MAX_FILE_BYTES
 
@@ -39,15 +37,10 @@ class TFRecordReader:
     def __init__(self, directory: Path, classes: tuple[str, ...] | None) -> None:
         """Raises UserError for a directory without TFRecord files."""
         self._classes = ClassNames(classes)
-        files = {
-            path: part_of(str(path.relative_to(directory))) or EVERYTHING
-            for path in directory.rglob("*")
-            if is_tfrecord(path)
-        }
+        files = [path for path in directory.rglob("*") if is_tfrecord(path)]
         if not files:
             raise UserError(f"{directory} holds no TFRecord files (*.tfrecord, *-00000-of-00010); give their directory")
-        used = take_test_for_val(set(files.values()))
-        self._files = [(path, used[part]) for path, part in sorted(files.items()) if part in used]
+        self._files = files_and_parts(directory, files)
         self.total_bytes = sum(path.stat().st_size for path, _ in self._files)
 
     def samples(self) -> Iterator[Sample | Problem]:

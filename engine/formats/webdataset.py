@@ -8,14 +8,12 @@ from pathlib import Path, PurePosixPath
 from engine.errors import UserError
 from engine.formats.archives import range_reader, regular_members, stamp_of_archive
 from engine.formats.sample import (
-    EVERYTHING,
     ClassNames,
     Problem,
     Sample,
     UniqueNames,
-    part_of,
+    files_and_parts,
     sample_name,
-    take_test_for_val,
 )
 from engine.image_files import IMAGE_SUFFIXES
 
@@ -44,11 +42,10 @@ class WebDatasetReader:
     def __init__(self, directory: Path, classes: tuple[str, ...] | None) -> None:
         """Raises UserError for a directory without shards."""
         self._directory, self._classes = directory, ClassNames(classes)
-        shards = {path: part_of(str(path.relative_to(directory))) or EVERYTHING for path in directory.rglob("*.tar")}
+        shards = list(directory.rglob("*.tar"))
         if not shards:
             raise UserError(f"{directory} holds no .tar shards; give the directory of WebDataset's shards")
-        used = take_test_for_val(set(shards.values()))
-        self._shards = [(path, used[part]) for path, part in sorted(shards.items()) if part in used]
+        self._shards = files_and_parts(directory, shards)
         self.total_bytes = sum(path.stat().st_size for path, _ in self._shards)
 
     def samples(self) -> Iterator[Sample | Problem]:
