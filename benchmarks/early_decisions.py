@@ -20,6 +20,7 @@ from rich.table import Table
 from benchmarks.provenance import provenance
 from engine.cli import parse, write_figures
 from engine.distributed import Process, start_process
+from engine.early_decisions import Place, Quotas, places_of
 from engine.errors import UserError, run
 from engine.evaluate import Evaluator
 from engine.rundir import RunDir, read_json
@@ -94,13 +95,10 @@ def _kept(space: Space, archs: list[Arch], scores: StepScores, keep: int) -> Spa
     return shrink(space, importance(space, archs, scores.ranks), keep)
 
 
-def _thirds(scores: StepScores) -> list[int]:
-    """Per model 1 in the best third, -1 in the worst, else 0."""
+def _thirds(scores: StepScores) -> list[Place]:
+    third = len(scores.ranks) // 3
     order = sorted(range(len(scores.ranks)), key=lambda i: -scores.ranks[i])
-    third, places = len(order) // 3, [0] * len(order)
-    for rank, i in enumerate(order):
-        places[i] = (rank < third) - (rank >= len(order) - third)
-    return places
+    return places_of(order, Quotas(best=third, worst=third))
 
 
 if __name__ == "__main__":

@@ -32,24 +32,6 @@ PAPER = Size(first_epochs=120, interval_epochs=40, models_per_operation=200, pop
 """The paper's numbers: 3600 + 1800 + 1000 subnets scored by the shrink steps, 1575 by the search."""
 
 
-def table_1() -> Space:
-    """The paper's space."""
-
-    def cluster(blocks: int, channels: tuple[int, ...], stride: int) -> Cluster:
-        return Cluster(blocks=blocks, kernels=(3, 5, 7), expansions=(3, 6), channels=channels, stride=stride)
-
-    return Space(
-        clusters=(
-            cluster(2, (24, 32, 40), 2),
-            cluster(4, (40, 48, 56), 2),
-            cluster(4, (64, 72, 80), 2),
-            cluster(4, (96, 112, 128), 1),
-            cluster(4, (160, 192, 224), 2),
-            cluster(1, (240, 280, 320), 1),
-        )
-    )
-
-
 def small_space() -> Space:
     """Three clusters; one of a single block, with another number of channel options."""
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.presets import mobilenet_v2_space
+from engine.presets import imagenet_space, mobilenet_v2_space
 from engine.run_facts import RunFacts
 from engine.sampling import fair_round
 from search.latency_model import find_model
@@ -33,7 +33,7 @@ from search.reporting.build import run_sections, state, write_report
 from search.reporting.picture import Picture, kernel_color
 from search.reporting.shrinking import shrinking_pictures
 from search.reporting.tensorboard import write_search_events
-from tests.search.finished_runs import PAPER, finished_run, small_space, table_1
+from tests.search.finished_runs import PAPER, finished_run, small_space
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -243,7 +243,7 @@ def test_two_runs_are_compared_with_differences_marked(run: Path, tmp_path: Path
 @pytest.mark.slow
 def test_a_run_of_the_papers_size_is_quick_and_small(tmp_path: Path) -> None:
     """6,400 subnets scored by shrink steps and 1,575 by the search: below 5 MB, and below 10 s of one quiet core."""
-    path = finished_run(tmp_path / "run", table_1(), PAPER)
+    path = finished_run(tmp_path / "run", imagenet_space(), PAPER)
     assert sum(len(step.archs) for step in RunFacts(path).shrink_steps) >= 6400
     command = [sys.executable, str(ROOT / "search/report.py"), "--run", str(path), "--json", str(tmp_path / "f.json")]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
