@@ -10,8 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from scipy.io import savemat
 
+from engine.errors import UserError
+from engine.formats.open_source import open_source
+from engine.preparing import Preparation, prepare
 from tests.engine.data_cases import CLASSES
 
 Image = tuple[str, str, str, bytes]
@@ -179,3 +183,21 @@ def _write_devkit(file: Path, ids: dict[str, int], truth: list[int]) -> None:
         add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", buffer.getvalue())
         text = "".join(f"{number}\n" for number in truth)
         add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", text.encode())
+
+
+def prepare_source(
+    source, output, *, kind="auto", class_file=None, val_labels=None, max_broken=0.0, threads=1, **changes
+):
+    """What engine/prepare.py does, with a small split; `changes` are further fields of `Preparation`."""
+    settings = {"val_per_class": 2, "split_seed": 0, "max_megapixels": 100, **changes}
+    reader = open_source(source, kind, class_file=class_file, val_labels=val_labels)
+    return prepare(reader, Preparation(output=output, max_broken=max_broken, threads=threads, **settings))
+
+
+def error_of(call, *arguments, **settings):
+    """The message of the `UserError` that a call ends with: one line."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,21 @@ from PIL import Image
 
 from engine.data import open_dataset
 from engine.data_index import read_index
-from engine.errors import UserError
-from engine.formats.open_source import open_source
 from engine.loader import TrainLoader
-from engine.preparing import QUARANTINE, Preparation, prepare
+from engine.preparing import QUARANTINE
 from engine.quarantine import read_quarantine
 from engine.stored_images import Resizing
 from tests.engine.data_cases import folder_config, write_image_folder
-from tests.engine.source_cases import add, example, write_csv, write_imagenet, write_parquet, write_webdataset
+from tests.engine.source_cases import (
+    add,
+    error_of,
+    example,
+    prepare_source,
+    write_csv,
+    write_imagenet,
+    write_parquet,
+    write_webdataset,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -32,18 +40,7 @@ def folder(tmp_path):
     return write_image_folder(tmp_path / "images")
 
 
-def run_prepare(source, output, *, kind="auto", class_file=None, val_labels=None, **changes):
-    settings = {"val_per_class": 2, "split_seed": 0, "max_broken": 0.5, "max_megapixels": 100, "threads": 1}
-    reader = open_source(source, kind, class_file=class_file, val_labels=val_labels)
-    return prepare(reader, Preparation(output=output, **(settings | changes)))
-
-
-def error_of(call, *arguments, **settings):
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **settings)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+run_prepare = partial(prepare_source, max_broken=0.5)
 
 
 def encoded(kind, **options):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,12 @@ from PIL import Image
 from engine.data import DataConfig, open_dataset
 from engine.data_index import read_index
 from engine.evaluation_set import evaluation_set
-from engine.formats.open_source import open_source
 from engine.loader import TrainLoader
-from engine.preparing import Preparation, prepare, summary
+from engine.preparing import summary
 from engine.shard_reader import read_ranges
 from engine.stored_images import Resizing
 from tests.engine.data_cases import CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, folder_config, write_image_folder
-from tests.engine.source_cases import SYNSETS, WRITERS, images_of, write_imagenet
+from tests.engine.source_cases import SYNSETS, WRITERS, images_of, prepare_source, write_imagenet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -32,10 +32,7 @@ def folder(tmp_path_factory):
     return write_image_folder(tmp_path_factory.mktemp("source") / "images")
 
 
-def run_prepare(source, output, *, class_file=None, val_labels=None, **changes):
-    settings = {"val_per_class": 2, "split_seed": 0, "max_broken": 0.0, "max_megapixels": 100, "threads": 2}
-    reader = open_source(source, "auto", class_file=class_file, val_labels=val_labels)
-    return prepare(reader, Preparation(output=output, **(settings | changes)))
+run_prepare = partial(prepare_source, threads=2)
 
 
 def content_of(output):

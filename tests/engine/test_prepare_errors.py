@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 
 from engine.data import open_dataset
-from engine.errors import MachineError, UserError
+from engine.errors import MachineError
 from engine.formats.archives import regular_members
-from engine.formats.open_source import open_source
 from engine.formats.tfrecord import parse_example
 from engine.loader import TrainLoader
-from engine.preparing import Preparation, prepare
 from engine.presets import digits_space
 from tests.engine.data_cases import folder_config, write_image_folder
-from tests.engine.source_cases import add, example, write_imagenet
+from tests.engine.source_cases import add, error_of, example, write_imagenet
+from tests.engine.source_cases import prepare_source as run_prepare
 from tests.engine.test_data_quarantine import encoded
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -27,20 +26,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def folder(tmp_path):
     return write_image_folder(tmp_path / "images")
-
-
-def run_prepare(source, output, *, kind="auto", class_file=None, val_labels=None, **changes):
-    settings = {"val_per_class": 2, "split_seed": 0, "max_broken": 0.0, "max_megapixels": 100, "threads": 1}
-    reader = open_source(source, kind, class_file=class_file, val_labels=val_labels)
-    return prepare(reader, Preparation(output=output, **(settings | changes)))
-
-
-def error_of(call, *arguments, **settings):
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **settings)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize(
