@@ -43,7 +43,7 @@ class EvaluationArguments:
     """Times that each contender runs, after a first run that is reported apart."""
     sequential_models: int = 12
     """Models that (a) and (b) run per repeat, spread over all; 0 runs all."""
-    train_steps: int = 540
+    train_steps: int = 1620
     """Training steps of the supernet, a round of fair paths every 18."""
     device: str = "cpu"
     """Device that scores."""

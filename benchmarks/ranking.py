@@ -7,35 +7,31 @@ settings, and tested on the test set. Kendall's tau, Spearman's and Pearson's co
 accuracies are told with 95 % intervals, for the weights of every shrink step. A study that was interrupted continues.
 """
 
-import hashlib
 import random
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.agreement import agreement
 from benchmarks.provenance import provenance
+from benchmarks.trained_alone import TrainedAlone
 from engine.cli import parse, write_figures
-from engine.config import RunConfig, SafetyConfig
+from engine.config import SafetyConfig
 from engine.cost import CostModel
-from engine.distributed import Process, on_main, start_process
+from engine.distributed import Process, start_process
 from engine.errors import UserError, run
-from engine.evaluation_set import EvaluationSet, evaluation_set
 from engine.journal import recorded
-from engine.rundir import RunDir, read_json, write_json
+from engine.rundir import RunDir, write_json
 from engine.sampling import uniform_arch
 from engine.space import Arch, Space
-from engine.standalone import StandaloneTrainer, measure_accuracy
-from engine.subnet import Subnet
 from engine.trained_run import TrainedRun
 
 
@@ -55,7 +51,7 @@ class RankingArguments:
     """Statistics of scored subnets; by default as in the run's shrink steps."""
     resamples: int = 2000
     """Bootstrap samples of an interval."""
-    safety: SafetyConfig = SafetyConfig()  # noqa: RUF009 - frozen
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     json: Path | None = None
     """File for the figures; they are also in RUN/ranking/ranking.json."""
 
@@ -165,40 +161,9 @@ def _train_all(run_dir: RunDir, arguments: RankingArguments, process: Process, p
     config = run_dir.config()
     if arguments.epochs is not None:
         config = replace(config, retrain=replace(config.retrain, epochs=arguments.epochs))
-    trained = TrainedRun.open(run_dir.path, process)
-    test = evaluation_set(trained.data.open_test(), config.data)
-    results = []
-    for number, arch in enumerate(pool, 1):
-        request = {"arch": str(arch), **{name: getattr(config.retrain, name) for name in _SETTINGS}}
-        directory = run_dir.path / "ranking" / hashlib.sha256(str(arch).encode()).hexdigest()[:12]
-        if process.is_main:
-            Console(stderr=True).print(f"network {number} of {len(pool)}: {arch}", highlight=False)
-        results.append(_train(trained, config, arguments.safety, directory, request, test))
-    return results
-
-
-_SETTINGS = ("epochs", "learning_rate", "batch_size")
-
-
-def _train(
-    trained: TrainedRun,
-    config: RunConfig,
-    safety: SafetyConfig,
-    directory: Path,
-    request: dict[str, Any],
-    test: EvaluationSet,
-) -> float:
-    """Top-1 on the test set of one network, trained unless that is done."""
-    process, result_file = trained.process, directory / "result.json"
-    known = on_main(process, lambda: read_json(result_file) if result_file.is_file() else {})
-    if known.get("request") == request:
-        return float(known["test_top1"])
-    torch.manual_seed(config.seed)
-    network = Subnet(config.space, Arch.parse(request["arch"]))
-    StandaloneTrainer(network, config, directory, request, process, trained.data, {}, safety).train()
-    top1 = on_main(process, lambda: measure_accuracy(network, test, process.device).top1)
-    on_main(process, lambda: write_json(result_file, {"request": request, "test_top1": top1}))
-    return top1
+    data = TrainedRun.open(run_dir.path, process).data
+    alone = TrainedAlone(run_dir.path / "ranking", config, process, data, arguments.safety)
+    return [alone.top1(config.space, arch) for arch in pool]
 
 
 def _show(figures: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ Without --arch it takes the best architecture of the latest search. A training t
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class RetrainArguments:
     """Images of one step over all processes; by default as in the run's configuration."""
     overwrite: bool = False
     """Replace the retrained network of another architecture or setting that the run holds."""
-    safety: SafetyConfig = SafetyConfig()  # noqa: RUF009 - frozen
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     deepspeed_config: Path | None = None
     """DeepSpeed JSON that is merged over the generated configuration."""
     kernels: str | None = None
@@ -100,7 +100,7 @@ def retrain(
     )
     trainer.train()
     if process.is_main:
-        save_network(network_file(run_dir), trainer.network)
+        save_network(network_file(run_dir), network)
     test = evaluation_set(trained.data.open_test(), config.data)
     final = load_network(network_file(run_dir)) if process.is_main else network
     accuracy = measure_accuracy(final.to(process.device), test, process.device)

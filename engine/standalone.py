@@ -21,7 +21,6 @@ from engine.optimization import Optimization, default_precision, learning_rate
 from engine.preemption import Preempted, deferred, saving, signal_name
 from engine.resume import check_agreement, device_name, find_checkpoint, load_of_rank, of_ranks
 from engine.rundir import read_json, write_json
-from engine.subnet import Subnet
 from engine.tensor_file import load_weights, take
 from engine.watch import Watch
 
@@ -58,7 +57,7 @@ class StandaloneTrainer:
 
     def __init__(
         self,
-        network: Subnet,
+        network: nn.Module,
         config: RunConfig,
         directory: Path,
         request: Mapping[str, Any],

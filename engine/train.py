@@ -6,7 +6,7 @@ deepspeed engine/train.py --run runs/digits --resume
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +38,7 @@ class TrainArguments:
     """Run directory; by default runs/PRESET."""
     resume: bool = False
     """Continue the run from its newest checkpoint, with the configuration it started with."""
-    safety: SafetyConfig = SafetyConfig()  # noqa: RUF009 - frozen
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     deepspeed_config: Path | None = None
     """DeepSpeed JSON that is merged over the generated configuration."""
     kernels: str | None = None
