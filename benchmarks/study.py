@@ -30,7 +30,7 @@ from benchmarks.provenance import provenance
 from benchmarks.ranking import stratified
 from benchmarks.study_baselines import BASELINES, Setting
 from benchmarks.study_cells import CELLS, Cell, StudyPreset, base_config
-from benchmarks.study_measure import measure_supernet
+from benchmarks.study_measure import Pool, measure_supernet
 from benchmarks.study_tables import Results, write_tables
 from benchmarks.trained_alone import TrainedAlone
 from engine.cli import parse, write_figures
@@ -42,7 +42,6 @@ from engine.errors import UserError, run
 from engine.journal import recorded
 from engine.rundir import RunDir, read_json, write_json
 from engine.sampling import uniform_arch
-from engine.space import Arch
 from engine.trained_run import TrainedRun
 from engine.trainer import SupernetTrainer
 from search.constraints import Limit, parse_count
@@ -73,6 +72,8 @@ class StudyArguments:
     """Generations after the first."""
     archs: int = 20
     """Networks that are trained alone to compare rankings with; 0 leaves that out."""
+    pool_seeds: int = 2
+    """Seeds that each of them is trained with. How well two seeds agree bounds how well anything else can."""
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     page: Path | None = None
     """Markdown page whose tables, between marks, are replaced by this study's."""
@@ -88,6 +89,8 @@ class StudyArguments:
                 f"seeds {self.seeds}, epochs {self.epochs}, retrain epochs {self.retrain_epochs}, archs {self.archs}: "
                 "need at least 1 seed, 4 epochs, 1 retrain epoch, and 3 archs or 0"
             )
+        if self.pool_seeds < 1:
+            raise UserError(f"pool seeds {self.pool_seeds}; need at least 1")
 
 
 def main() -> None:
@@ -163,6 +166,7 @@ class Study:
             "max_macs": self.max_macs,
             "evolution": asdict(self._evolution(0)),
             "archs": self.arguments.archs,
+            "pool_seeds": self.arguments.pool_seeds,
             "base": to_json(self.base),
         }
 
@@ -216,22 +220,23 @@ class Study:
             raise UserError(f"{path} is not there, which this part needs; add base to --cells")
         return TrainedRun.open(path, self.process)
 
-    def _alone(self, trained: TrainedRun) -> TrainedAlone:
+    def _alone(self, trained: TrainedRun, seed: int | None = None) -> TrainedAlone:
+        config = trained.config if seed is None else replace(trained.config, seed=seed)
         directory = self.arguments.output.expanduser() / "alone"
-        return TrainedAlone(directory, trained.config, self.process, trained.data, self.arguments.safety)
+        return TrainedAlone(directory, config, self.process, trained.data, self.arguments.safety)
 
-    def _pool(self) -> list[tuple[Arch, float]]:
+    def _pool(self) -> Pool:
         """Architectures spread over one-shot accuracy and MACs, each with its test top-1 when trained alone."""
         if not self.arguments.archs:
-            return []
+            return Pool((), ())
         trained = self._trained_base(0)
         space, rng = self.base.space, random.Random("pool")
         candidates = list(dict.fromkeys(uniform_arch(space, rng) for _ in range(10 * self.arguments.archs)))
         scores = dict(zip(candidates, trained.evaluator().evaluate(candidates), strict=True))
         macs = CostModel(space).macs_and_params
         archs = stratified(candidates, lambda a: scores[a].top1, lambda a: macs(a)[0], self.arguments.archs)
-        alone = self._alone(trained)
-        return [(arch, alone.top1(space, arch)) for arch in archs]
+        seeds = [self._alone(trained, seed) for seed in range(self.arguments.pool_seeds)]
+        return Pool(tuple(archs), tuple(tuple(alone.top1(space, arch) for arch in archs) for alone in seeds))
 
 
 def _open(path: Path, config: RunConfig) -> RunDir:

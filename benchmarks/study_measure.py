@@ -2,7 +2,8 @@
 
 import json
 import random
-from collections.abc import Sequence
+import statistics
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.agreement import agreement
@@ -20,38 +21,57 @@ from search.searching import search
 
 MODES: tuple[BatchNormMode, ...] = ("running", "recalibrate")
 RANDOM_SUBNETS = 20
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Architectures that were trained alone, each with every seed."""
+
+    archs: tuple[Arch, ...]
+    top1_by_seed: tuple[tuple[float, ...], ...]
+    """Test top-1 for each seed, in the order of the architectures."""
+
+    @property
+    def top1(self) -> list[float]:
+        """Means over seeds."""
+        return [statistics.mean(values) for values in zip(*self.top1_by_seed, strict=True)]
+
+    def to_json(self) -> dict[str, Any]:
+        """With how well the first two seeds agree: noise of training keeps any other ranking from doing better."""
+        seeds = self.top1_by_seed
+        return {
+            "archs": [str(arch) for arch in self.archs],
+            "top1_by_seed": [list(values) for values in seeds],
+            "seeds_agree": agreement(seeds[0], seeds[1], resamples=RESAMPLES) if len(seeds) > 1 else None,
+        }
 
 
 def measure_supernet(
-    trained: TrainedRun,
-    limit: Limit,
-    evolution: EvolutionConfig,
-    alone: TrainedAlone,
-    pool: Sequence[tuple[Arch, float]],
+    trained: TrainedRun, limit: Limit, evolution: EvolutionConfig, alone: TrainedAlone, pool: Pool
 ) -> dict[str, Any]:
     """Accuracies of random subnets, agreement with networks trained alone, and what evolution finds, retrained.
 
-    `pool` has architectures and their test top-1. Where one of them is no longer in the space there is no agreement.
+    There is no agreement where a network of the pool is no longer in the space.
     """
     space = trained.supernet.space
     rng = random.Random(f"{trained.config.seed}/study")
     drawn = [uniform_arch(space, rng) for _ in range(RANDOM_SUBNETS)]
-    archs, alone_top1 = [arch for arch, _ in pool], [top1 for _, top1 in pool]
-    comparable = len(pool) > 1 and all(_holds(space, arch) for arch in archs)
+    comparable = len(pool.archs) > 1 and all(_holds(space, arch) for arch in pool.archs)
     random_top1, ranking, one_shot = {}, {}, {}
     for bn in MODES:
         evaluator = trained.evaluator(bn)
         random_top1[bn] = sorted(score.top1 for score in evaluator.evaluate(drawn))
         if comparable:
-            one_shot[bn] = [score.top1 for score in evaluator.evaluate(archs)]
-            ranking[bn] = agreement(one_shot[bn], alone_top1, resamples=2000)
+            one_shot[bn] = [score.top1 for score in evaluator.evaluate(pool.archs)]
+            ranking[bn] = agreement(one_shot[bn], pool.top1, resamples=RESAMPLES)
     limits = _reachable(space, limit)
     best = search(trained, limits, evolution, None)["best"]
     return {
         "random_top1": random_top1,
         "probes": _lines(trained, "probe"),
         "ranking": ranking,
-        "pool": [{"arch": str(arch), "stand_alone": top1} for arch, top1 in pool] if comparable else [],
+        "pool": pool.to_json() if comparable else None,
         "pool_one_shot": one_shot,
         "best": best,
         "limit_kept": bool(limits),

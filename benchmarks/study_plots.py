@@ -1,5 +1,6 @@
 """The pictures of a study: random subnets of every supernet, one-shot against stand-alone, networks of equal MACs."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def _distribution(axes: Axes, cells: dict[str, Any]) -> None:
 
 def _ranking(axes: Axes, part: dict[str, Any]) -> None:
     """One-shot against stand-alone accuracy of the pool (paper, Figure 6)."""
-    alone = [row["stand_alone"] for row in part["pool"]]
+    alone = [statistics.mean(values) for values in zip(*part["pool"]["top1_by_seed"], strict=True)]
     for bn, scores in part["pool_one_shot"].items():
         tau = part["ranking"][bn]["kendall_tau"]
         axes.scatter(scores, alone, label=f"{bn}, tau {tau:.2f}" if tau is not None else bn)

@@ -33,13 +33,13 @@ def write_tables(figures: Results, directory: Path, page: Path | None) -> None:
     """CSV, Markdown and plots into the study's directory; the Markdown also into a page, between its marks."""
     from benchmarks.study_plots import write_plots
 
-    text = f"{supernet_table(figures)}\n\n{network_table(figures)}\n"
+    text = f"{_provenance(figures)}\n\n{supernet_table(figures)}\n\n{network_table(figures)}\n"
     write_atomically(directory / "tables.md", text.encode())
     _write_csv(directory / "supernets.csv", [dict(row) for row in cell_rows(figures)])
     _write_csv(directory / "networks.csv", network_rows(figures))
     write_plots(figures, directory)
     if page is not None:
-        fill_page(page, f"{_provenance(figures)}\n\n{text}")
+        fill_page(page, text)
     print(f"{text}\ntables and plots are in {directory}")
 
 
@@ -138,11 +138,23 @@ def _tau(part: dict[str, Any], bn: str) -> float | None:
 
 def _provenance(figures: Results) -> str:
     request = figures["request"]
+    agree = _seeds_agree(figures)
     return (
         f"Commit {figures['commit']}, {figures['date'][:10]}. Limit {request['max_macs'] / 1e6:.2f} M MACs; "
         f"supernets of {request['base']['shrink']['first_epochs']} epochs, networks trained alone for "
         f"{request['base']['retrain']['epochs']}. Differences from the base are over equal seeds, with a 95 % interval."
+        + (f" Two trainings of the pool's networks with different seeds agree with tau {agree}." if agree else "")
     )
+
+
+def _seeds_agree(figures: Results) -> str:
+    """Kendall's tau of two seeds of the pool, with its interval."""
+    pools = [part["pool"] for part in figures["cells"][REFERENCE_CELL]["seeds"].values() if part["pool"]]
+    agree = pools[0]["seeds_agree"] if pools else None
+    if not agree or agree["kendall_tau"] is None:
+        return ""
+    low, high = agree["kendall_tau_interval"]
+    return f"{agree['kendall_tau']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -82,7 +82,8 @@ def _part(top1: float, tau: float | None = None) -> dict:
     ranking = {bn: {"kendall_tau": tau} for bn in ("running", "recalibrate")} if tau is not None else {}
     return {
         "random_top1": {"running": [0.1], "recalibrate": [top1]}, "ranking": ranking,
-        "best": {"top1": top1, "macs": 2e6}, "retrained_top1": top1, "training_s": 90, "probes": [], "pool": [],
+        "best": {"top1": top1, "macs": 2e6}, "retrained_top1": top1, "training_s": 90, "probes": [],
+        "pool": {"seeds_agree": {"kendall_tau": 0.5, "kendall_tau_interval": [0.1, 0.8]}, "top1_by_seed": []},
         "pool_one_shot": {},
     }  # fmt: skip
 
@@ -119,6 +120,7 @@ def test_a_page_is_filled_between_its_marks(tmp_path):
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert "Commit abc, 2026-01-02. Limit 2.00 M MACs" in text
+    assert "different seeds agree with tau 0.50 (0.10 to 0.80)" in text
     assert (tmp_path / "networks.svg").is_file()
     assert len((tmp_path / "supernets.csv").read_text().splitlines()) == 5
     page.write_text("nothing")
@@ -133,14 +135,23 @@ def test_a_whole_study_is_done_once_and_other_options_are_refused(alone, tmp_pat
     monkeypatch.setattr(study_script, "base_config", lambda *_: config)
     chosen = ("base", "shrinking", "fixed-channels", "random-search", "mobilenet-v2", "torch-pruning")
     arguments = StudyArguments(
-        output=tmp_path / "study", preset="digits", cells=chosen, seeds=1, archs=3, population=6, iterations=1
+        output=tmp_path / "study",
+        preset="digits",
+        cells=chosen,
+        seeds=1,
+        archs=3,
+        pool_seeds=2,
+        population=6,
+        iterations=1,
     )
     study = Study(arguments, alone)
     study.run()
     results = study.results()
     base, shrunk = (results["cells"][name]["seeds"][0] for name in ("base", "shrinking"))
     assert len(base["random_top1"]["running"]) == 20
-    assert len(base["pool"]) == 3
+    first, second = base["pool"]["top1_by_seed"]
+    assert len(first) == len(second) == len(base["pool"]["archs"]) == 3
+    assert first != second
     assert -1 <= base["ranking"]["recalibrate"]["kendall_tau"] <= 1
     assert shrunk["probes"][-1]["when"] == "final"
     assert 0.1 < base["retrained_top1"] <= 1
@@ -169,4 +180,6 @@ def test_unknown_cells_and_empty_numbers_are_refused(tmp_path):
         StudyArguments(output=tmp_path, cells=("basis",))
     with pytest.raises(UserError, match=r"seeds 0, .*: need at least 1 seed, 4 epochs, 1 retrain epoch"):
         StudyArguments(output=tmp_path, seeds=0)
+    with pytest.raises(UserError, match=r"pool seeds 0; need at least 1"):
+        StudyArguments(output=tmp_path, pool_seeds=0)
     assert set(NAMES) >= {cell.name for cell in CELLS}
