@@ -156,7 +156,7 @@ class SupernetTrainer:
             self.meter = Meter(self.process.device, waited=self.loader.wait_seconds)
         batches = self._batches()
         self.supernet.train()
-        while progress.passes < end or progress.rounds == progress.first_round:
+        while progress.paths or progress.passes < end or progress.rounds == progress.first_round:
             self.train_round(batches, self.meter)
             if self.reporter.due():
                 epoch = min(progress.passes, end) / per_epoch

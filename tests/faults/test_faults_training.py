@@ -128,6 +128,39 @@ def test_told_to_stop_while_scoring_it_keeps_what_is_scored(tmp_path: Path, monk
     assert [(s.correct1, s.correct5) for s in again.evaluate(archs)] == [(s.correct1, s.correct5) for s in expected]
 
 
+def test_stopped_in_a_round_that_reaches_past_its_epoch_it_finishes_the_round(
+    alone: Process, cache: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(cache)
+    config = replace(config, optimizer=replace(config.optimizer, batch_size=300))
+
+    def start(name: str) -> SupernetTrainer:
+        run = RunDir(tmp_path / name) if (tmp_path / name).exists() else RunDir.create(tmp_path / name, config)
+        return SupernetTrainer(config, run, alone, open_dataset(config.data, run.split_file), {})
+
+    whole, stopped = start("whole"), start("stopped")
+    whole.train()
+    step = stopped._step
+
+    def told(paths: Any) -> None:
+        step(paths)
+        if stopped.progress.passes == 5:  # counted after the step
+            preemption._State.signal_name = "SIGTERM"
+
+    stopped._step = told  # type: ignore[method-assign]
+    with pytest.raises(Preempted):
+        stopped.train()
+    progress = stopped.progress
+    assert stopped.loader.steps_per_epoch <= progress.passes == 6
+    assert (progress.epoch, progress.rounds, progress.paths) == (0, 1, 2)
+    preemption.forget()
+    again = start("stopped")
+    again.train()
+    assert metrics(again.run) == metrics(whole.run)
+    for name, tensor in again.supernet.state_dict().items():
+        assert torch.equal(tensor, whole.supernet.state_dict()[name]), name
+
+
 def _key(evaluator: Evaluator) -> tuple[str, str, str]:
     return (weights_fingerprint(evaluator.supernet), *evaluator._fingerprints)
 
