@@ -8,8 +8,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from engine.errors import UserError
-from engine.memory import Memory, is_out_of_memory
+from engine.errors import UserError, is_out_of_memory
+from engine.memory import Memory
 from engine.prefix_tree import PrefixTree
 from engine.scored_images import ScoredImages
 from engine.store import Tally
@@ -103,7 +103,7 @@ class ChunkCounter:
             try:
                 parts.append(self._count_chunk(start, end))
                 start = end
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._use_less_memory(end - start)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -39,7 +40,11 @@ _WAYS_OUT = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close other programs",
 }
-_NO_MEMORY = ("out of memory", "can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED", "std::bad_alloc")
+_NO_MEMORY = re.compile(
+    "out of memory|can't allocate memory|CUDNN_STATUS_ALLOC_FAILED|std::bad_alloc"
+    "|could not (create a primitive|create a memory object|execute a primitive)$",  # oneDNN says no more
+    re.MULTILINE,
+)
 _LOST = (
     "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out waiting",
     "timed out", "NCCL", "Gloo", "gloo", "Socket Timeout", "recvValue failed", "sendBytes failed",
@@ -49,7 +54,7 @@ _LOST = (
 def machine_failure(error: BaseException) -> MachineError | None:
     """The failure of the machine behind an exception, in one line; None when there is none and it must be a bug."""
     text = " ".join(str(error).split("\n", 1)[0].split())
-    if isinstance(error, MemoryError) or _matches(error, _NO_MEMORY):
+    if is_out_of_memory(error):
         detail = text or "none is left"
         return MachineError(f"no memory: {detail}; end other programs or lower the batch size, then continue")
     if isinstance(error, OSError) and error.errno in _WAYS_OUT:
@@ -57,13 +62,16 @@ def machine_failure(error: BaseException) -> MachineError | None:
         return MachineError(f"{where}{os.strerror(error.errno)}; {_WAYS_OUT[error.errno]}, then continue")
     if isinstance(error, sqlite3.Error):
         return MachineError(f"the file of evaluations: {text}; free space or mend the file, then continue")
-    if isinstance(error, RuntimeError) and _matches(error, _LOST):
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST):
         return MachineError(f"another process of this run was lost or does not answer ({text[:160]}); continue the run")
     return None
 
 
-def _matches(error: BaseException, words: tuple[str, ...]) -> bool:
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's, that of torch on a CPU or a GPU, or that of a library under it."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    )
 
 
 def run(main: Callable[[], None]) -> None:

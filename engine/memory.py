@@ -1,4 +1,4 @@
-"""How much memory an evaluation may use, and what running out of it looks like."""
+"""How much memory an evaluation may use."""
 
 import ctypes
 from dataclasses import dataclass, replace
@@ -77,11 +77,6 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or in torch's CPU allocator."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def keep_freed_memory() -> None:

@@ -9,9 +9,9 @@ from torch import distributed as dist
 
 from engine.chunk_counter import Advance, ChunkCounter, Counts
 from engine.chunk_workers import RunAll, chunk_workers, worker_count
-from engine.errors import UserError
+from engine.errors import UserError, is_out_of_memory
 from engine.folded import FoldedLayers
-from engine.memory import MIB, Memory, is_out_of_memory
+from engine.memory import MIB, Memory
 from engine.preemption import requested, stop_here
 from engine.prefix_tree import PrefixTree
 from engine.recalibration import RecalibratedLayers, StatisticsLayers, TreeStatistics, statistics_bytes
@@ -126,7 +126,7 @@ class RoundRunner:
             try:
                 statistics = self._add_statistics(tree, images, run_all)
                 break
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if self.memory.activations < MIB:

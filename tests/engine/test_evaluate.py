@@ -1,6 +1,7 @@
 """The batched evaluator computes what a plain loop over the supernet computes."""
 
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -99,11 +100,18 @@ def test_out_of_memory_takes_smaller_pieces_and_goes_on(nested, bn, monkeypatch)
     expected = evaluator().evaluate(archs)
     layers = FoldedLayers if bn == "running" else StatisticsLayers
     block, limit, failures = layers.block, 24 if bn == "running" else 64, []
+    out_of_memory = cycle(
+        [
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError("could not create a memory object"),
+            MemoryError(),
+        ]
+    )
 
     def failing(self, level, step, nodes, x):
         if len(x) > limit:
             failures.append(len(x))
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+            raise next(out_of_memory)
         return block(self, level, step, nodes, x)
 
     monkeypatch.setattr(layers, "block", failing)

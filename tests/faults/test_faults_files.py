@@ -19,6 +19,7 @@ from benchmarks.mutated_files import (
     manifest_reader,
     space_reader,
     try_mutations,
+    wrong_answer,
 )
 from engine.checkpoint import (
     CheckpointWriter,
@@ -366,6 +367,16 @@ def test_a_search_result_names_an_architecture(tmp_path: Path) -> None:
             named_arch(file)
     write_json(file, {"arch": str(ARCH)})
     assert named_arch(file) == str(ARCH)
+
+
+def test_what_a_mutated_file_says_is_compared_by_value(tmp_path: Path) -> None:
+    reader = arch_reader(TINY, ARCH)
+    assert wrong_answer(reader, tmp_path, json.dumps({"arch": str(ARCH), "more": float("nan")}).encode()) == (
+        "accepted",
+        None,
+    )
+    other = replace(reader, read=lambda file: {"arch": "c1:k3t3"})
+    assert wrong_answer(other, tmp_path, reader.content)[1] == "something else was read than the file says"
 
 
 @pytest.mark.timeout(280)

@@ -405,6 +405,8 @@ def test_stored_evaluations_of_more_images_than_there_are(tmp_path: Path) -> Non
             RuntimeError("CUDA out of memory. Tried"),
             "no memory: CUDA out of memory. Tried; end other programs or lower",
         ),
+        (RuntimeError("could not create a primitive"), "no memory: could not create a primitive; end other programs"),
+        (RuntimeError("std::bad_alloc"), "no memory: std::bad_alloc; end other programs"),
         (OSError(28, "x", "/a/b"), "/a/b: No space left on device; free space, then continue"),
         (OSError(30, "x"), "Read-only file system; choose a directory that can be written, then continue"),
         (RuntimeError("[gloo] Connection closed by peer"), "another process of this run was lost or does not answer ("),
@@ -423,7 +425,15 @@ def test_a_full_disk_under_the_evaluations_is_the_machines() -> None:
     )
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), OSError(2, "x"), ValueError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes do not match"),
+        RuntimeError("could not create a primitive descriptor for a convolution forward propagation primitive"),
+        OSError(2, "x"),
+        ValueError("x"),
+    ],
+)
 def test_a_bug_stays_a_bug(error: BaseException) -> None:
     assert machine_failure(error) is None
 
