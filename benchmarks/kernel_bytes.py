@@ -66,6 +66,8 @@ def unused_arguments(launch: Any) -> set[str]:
     unused = set()
     if launch.arguments.get("RESIDUAL") is False:
         unused.add("residual")
+    if launch.arguments.get("AFFINE") is False:  # the gradient is dy3 already
+        unused |= {"y3", "coefficients"}
     if launch.arguments.get("blocks_1") == 0:
         unused |= {"expand", "expand_out", "expand_partial"}
     if launch.arguments.get("blocks_3") == 0:

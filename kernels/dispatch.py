@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from kernels import native, onednn_block, reference
+from kernels import graphs, native, onednn_block, reference
 from kernels.block import BlockShape, BlockWeights, check_slice
 
 Backend = Literal["reference", "triton", "onednn"]
@@ -70,9 +70,14 @@ def why_not_triton(x: Tensor, dtype: torch.dtype) -> str | None:
 def choose_backend(x: Tensor, backend: str | None = None) -> str:
     """The backend for x: the argument, else `set_backend`, else BSNAS_KERNELS, else the fastest that can run.
 
-    Raises RuntimeError when a forced backend cannot run, and says why.
+    Raises RuntimeError when a forced backend, or CUDA graphs that are switched on, cannot run, and says why.
     """
-    forced = backend or forced_backend()
+    chosen = _chosen(x, backend or forced_backend())
+    graphs.check(x, chosen)
+    return chosen
+
+
+def _chosen(x: Tensor, forced: str | None) -> str:
     if forced is None:
         fastest = "triton" if x.device.type == "cuda" else "onednn"
         reason = why_not(fastest, x)

@@ -1,4 +1,4 @@
-"""CUDA graphs of a block's training step: two replays a block instead of about twenty launches from Python.
+"""CUDA graphs of a training step: two replays a block, or tail, instead of about twenty launches from Python.
 
 Off by default; `set_cuda_graphs(True)` or BSNAS_CUDA_GRAPHS=1 is the one switch, and results are the same bit for bit.
 Every operation that trains gets a graph of its forward and one of its backward, captured at its first use over buffers
@@ -32,10 +32,28 @@ def set_cuda_graphs(on: bool | None) -> None:
     _switch = on
 
 
-def enabled(x: Tensor) -> bool:
-    """Whether blocks on x's device are to be captured."""
-    on = os.environ.get("BSNAS_CUDA_GRAPHS") == "1" if _switch is None else _switch
-    return on and x.is_cuda and not torch.compiler.is_compiling()
+def switched_on() -> bool:
+    """What `set_cuda_graphs` says, else BSNAS_CUDA_GRAPHS."""
+    return os.environ.get("BSNAS_CUDA_GRAPHS") == "1" if _switch is None else _switch
+
+
+def why_not(x: Tensor, backend: str) -> str | None:
+    """Why a backend's training step on x cannot be captured, or None when it can."""
+    if not x.is_cuda:
+        return f"they need an NVIDIA GPU and the tensor is on {x.device.type}"
+    return None if backend == "triton" else f"they record the Triton kernels and the backend is {backend!r}"
+
+
+def check(x: Tensor, backend: str) -> None:
+    """Raise RuntimeError, which says why, when graphs are switched on and cannot run."""
+    reason = why_not(x, backend) if switched_on() else None
+    if reason is not None:
+        raise RuntimeError(f"CUDA graphs cannot run: {reason}; leave BSNAS_CUDA_GRAPHS unset, or train on the GPU")
+
+
+def enabled() -> bool:
+    """Whether steps are to be captured; torch.compile has its own way to do so."""
+    return switched_on() and not torch.compiler.is_compiling()
 
 
 class Step(NamedTuple):

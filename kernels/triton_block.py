@@ -213,7 +213,7 @@ class InvertedResidual(torch.autograd.Function):
     def forward(ctx, x, expand, depthwise, project, running, momenta, eps, dims, training, *affine):  # type: ignore[no-untyped-def]
         ctx.static = (len(eps), dims, training)
         ctx.graphs = None
-        if graphs.enabled(x) and training and any(ctx.needs_input_grad):
+        if graphs.enabled() and training and any(ctx.needs_input_grad):
             ctx.graphs = _graphs_of(x, (expand, depthwise, project), list(affine), running, momenta, eps, dims)
         if ctx.graphs is not None:
             ctx.pending = graphs.Pending()
@@ -337,6 +337,12 @@ def _(grad, x, weight, saved, training):  # type: ignore[no-untyped-def]
 class PointwiseBnRelu6(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, running, momentum, eps, training, gamma, beta):  # type: ignore[no-untyped-def]
+        ctx.graphs = None
+        if graphs.enabled() and training and any(ctx.needs_input_grad):
+            ctx.graphs = _tail_graphs_of(x, weight, [gamma, beta], running, momentum, eps)
+        if ctx.graphs is not None:
+            ctx.pending = graphs.Pending()
+            return ctx.graphs.forward(x, ctx.pending)
         run = _tail_op if torch.compiler.is_compiling() else tail_forward
         z, *saved = run(x, weight, [gamma, beta], running, momentum, eps, training)
         ctx.save_for_backward(x, weight, *saved)
@@ -345,11 +351,29 @@ class PointwiseBnRelu6(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
-        x, weight, *saved = ctx.saved_tensors
-        run = _tail_backward_op if torch.compiler.is_compiling() else tail_backward
         grad = grad.contiguous(memory_format=torch.channels_last)
-        dx, d_weight, d_gamma, d_beta = run(grad, x, weight, saved, ctx.training)
+        if ctx.graphs is not None:
+            dx, d_weight, d_gamma, d_beta = ctx.graphs.backward(grad)
+        else:
+            x, weight, *saved = ctx.saved_tensors
+            run = _tail_backward_op if torch.compiler.is_compiling() else tail_backward
+            dx, d_weight, d_gamma, d_beta = run(grad, x, weight, saved, ctx.training)
         return dx, d_weight, None, None, None, None, d_gamma, d_beta
+
+
+def _tail_graphs_of(
+    x: Tensor, weight: Tensor, affine: list[Tensor], running: list[Tensor], momentum: float, eps: float
+) -> graphs.Captured | None:
+    fixed, vectors = weight.detach(), [tensor.detach() for tensor in affine]
+
+    def forward(x: Tensor) -> list[Tensor]:
+        return tail_forward(x, fixed, vectors, running, momentum, eps, True)
+
+    def backward(grad: Tensor, x: Tensor, saved: list[Tensor]) -> list[Tensor]:
+        return tail_backward(grad, x, fixed, saved, True)
+
+    step = graphs.Step(forward, backward, running)
+    return graphs.GRAPHS.find(step, x, [weight, *affine], (momentum, eps))
 
 
 def pointwise_bn_relu6(x: Tensor, weight: Tensor, bn: nn.BatchNorm2d, *, training: bool) -> Tensor:

@@ -480,7 +480,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> graphs.Graphs:
     if DEVICE == "cpu":
         monkeypatch.setattr(graphs, "capture", capture)
         monkeypatch.setattr(graphs, "memory_left", lambda: True)
-        monkeypatch.setattr(graphs, "enabled", lambda x: graphs._switch is True)
+        monkeypatch.setattr(graphs, "why_not", lambda x, backend: None)
     store = graphs.Graphs()
     monkeypatch.setattr(graphs, "GRAPHS", store)
     monkeypatch.setattr(graphs, "_switch", True)
@@ -532,6 +532,32 @@ def test_graphs_train_as_launches_do(recorded: graphs.Graphs) -> None:
         assert torch.equal(mine, theirs)
 
 
+def test_the_tail_is_captured_too(recorded: graphs.Graphs) -> None:
+    """Two steps, whose weights, running statistics and outputs a replay must follow."""
+    found = []
+    for on in (True, False):
+        graphs.set_cuda_graphs(on)
+        generator = torch.Generator().manual_seed(4)
+        weight = torch.randn(16, 12, generator=generator).to(DEVICE).requires_grad_()
+        bn = nn.BatchNorm2d(16).to(DEVICE)
+        results = []
+        for _ in range(2):
+            x = torch.randn(2, 8, 3, 3, generator=generator).to(DEVICE).requires_grad_()
+            z = pointwise_bn_relu6(x, weight, bn, in_channels=8, training=True, backend="triton")
+            z.square().sum().backward()
+            results += [z.detach().clone(), x.grad.clone()]
+            with torch.no_grad():
+                for p in (weight, bn.weight, bn.bias):
+                    p -= 0.01 * p.grad
+                    p.grad = None
+        found.append([*results, weight.detach(), *bn.state_dict().values()])
+        assert len(recorded) == int(on)  # the graphs went with the first round's parameters
+        del weight, bn, p
+        gc.collect()
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_gradients_add_up_over_replays(recorded: graphs.Graphs) -> None:
     """Autograd keeps a first gradient as it is: it must not be the buffer that the next replay overwrites."""
     replayed, launched = SmallBlock(), SmallBlock()
@@ -580,7 +606,33 @@ def test_operations_are_launched_where_memory_is_short(
     assert len(recorded) == 0
 
 
-# ---- on a GPU only: real sizes, real tiles
+# ---- on a GPU only: real sizes, real tiles, real graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU: without one nothing is captured")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_real_graphs_train_a_full_size_block_bit_for_bit(recorded: graphs.Graphs, dtype: torch.dtype) -> None:
+    shape = BlockShape(40, 240, 40, 5, 1)
+    xs, grad = [random(12, 40, 56, 56, dtype=dtype) for _ in range(3)], random(12, 40, 56, 56, dtype=dtype)
+    sizes = ((240, 40), (240, 1, 7, 7), (40, 240))
+    masters = [random(*size) / 10 for size in sizes]
+    found = []
+    for on in (True, False):
+        graphs.set_cuda_graphs(on)
+        weights, bns = BlockWeights(*(m.clone().requires_grad_() for m in masters)), norms(shape, torch.float32)
+        results = []
+        for given in xs:
+            x = given.clone(memory_format=torch.channels_last).requires_grad_()
+            z = inverted_residual(x, weights, bns, shape, training=True, backend="triton")  # type: ignore[arg-type]
+            z.backward(grad)
+            results += [z.detach().clone(), x.grad]
+        found.append([*results, *(w.grad for w in weights), *(b for bn in bns for b in bn.buffers())])
+        assert len(recorded) == int(on)  # the graphs go with the first round's parameters
+        del weights, bns
+        gc.collect()
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.gpu
