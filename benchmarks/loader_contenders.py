@@ -54,7 +54,14 @@ def bare_dali(files: FileList, config: DataConfig, batch_size: int) -> Contender
             image = fn.decoders.image_random_crop(
                 encoded, output_type=types.RGB, random_area=config.crop_scale, random_aspect_ratio=(3 / 4, 4 / 3)
             )
-            image = fn.resize(image, size=size, antialias=True)
+            if config.antialias:
+                image = fn.resize(image, size=size, antialias=True)
+            else:
+                shape = image.shape(dtype=types.FLOAT)
+                zero = shape[0] * 0.0
+                ratios = (shape[1] / float(size[1]), zero, zero, zero, shape[0] / float(size[0]), zero, zero, zero)
+                matrix = fn.reshape(fn.stack(*ratios, zero + 1.0), shape=[3, 3])
+                image = fn.experimental.warp_perspective(image, matrix=matrix, size=size, border_mode="replicate")
         else:
             image = fn.resize(fn.decoders.image(encoded, output_type=types.RGB), size=size, antialias=True)
             start = fn.random.uniform(values=list(range(-config.pad, config.pad + 1)), shape=2, dtype=types.INT32)

@@ -25,9 +25,12 @@ import onnxruntime
 from PIL import Image
 
 from engine.cli import parse, write_figures
+from engine.data_index import is_prepared, read_index
 from engine.errors import UserError, run
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+"""Pillow's mode for a number of channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ def serve(arguments: ServeArguments) -> dict[str, Any]:
     """Classify the images, say how fast, and return the figures of --json."""
     model = arguments.model or newest_export(arguments.run or Path())
     server = Server(model, arguments.batch, arguments.threads or len(os.sched_getaffinity(0)))
-    files = image_files(arguments.images or [images_of_run(arguments.run or Path())])
+    files = image_files(arguments.images or images_of_run(arguments.run or Path()))
     rows = np.linspace(0, len(files) - 1, min(arguments.limit, len(files))).astype(int)
     files = [files[row] for row in rows]
     server.answer(files[: server.batch])  # the first call allocates
@@ -119,6 +122,7 @@ class Server:
         self.classes: list[str] = json.loads(facts["classes"])
         self._raw = facts["input"] == "uint8"
         self._resolution = int(shape[1] if self._raw else shape[2])
+        self._channels = int(shape[3] if self._raw else shape[1])
         self._resize: int | None = json.loads(facts.get("resize", "null"))
         self._mean, self._std = (np.array(json.loads(facts[name]), np.float32) for name in ("mean", "std"))
         self._fixed = isinstance(shape[0], int)
@@ -143,19 +147,22 @@ class Server:
         return [self.classes[index] for index in logits[: len(files)].argmax(1)]
 
     def _load(self, file: Path) -> npt.NDArray[np.uint8]:
-        """Decoded and resized as for the run's evaluation: [H, W, 3]."""
+        """Decoded and resized as for the run's evaluation: [H, W, channels]."""
         try:
             with Image.open(file) as opened:
-                image = opened.convert("RGB")
+                image = opened.convert(MODES[self._channels])
         except OSError as error:
             raise UserError(f"image {file} cannot be decoded: {error}; remove it or give other --images") from None
         size = self._resolution
         if self._resize is None:
-            return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+            return self._pixels(image.resize((size, size), Image.Resampling.BILINEAR))
         width, height = (side * self._resize // min(image.size) for side in image.size)
         left, top = (round((side - size) / 2) for side in (width, height))
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(image.crop((left, top, left + size, top + size)))
+        return self._pixels(image.crop((left, top, left + size, top + size)))
+
+    def _pixels(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        return np.asarray(image).reshape(self._resolution, self._resolution, self._channels)
 
 
 def newest_export(run_dir: Path) -> Path:
@@ -166,14 +173,20 @@ def newest_export(run_dir: Path) -> Path:
     return files[-1]
 
 
-def images_of_run(run_dir: Path) -> Path:
-    """The directory of a run's test images."""
+def images_of_run(run_dir: Path) -> list[Path]:
+    """The directory of a run's test images, or their files where an index lists them."""
     try:
         data = json.loads((run_dir / "config.json").read_text())["data"]
         source, cache = data["source"], Path(data["cache_dir"]).expanduser()
-        return Path(data["path"]).expanduser() / "val" if source == "folder" else cache / source / "val"
+        root = Path(data["path"]).expanduser() if source == "folder" else cache / source
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run_dir} does not say where its images are ({error}); give --images") from None
+    if not is_prepared(root):
+        return [root / "val"]
+    files = read_index(root).part("val")
+    if files.offsets is not None:
+        raise UserError(f"the test images of {root} are packed in shards; give image files with --images")
+    return [Path(path) for path in files.paths]
 
 
 def image_files(places: Sequence[Path]) -> list[Path]:

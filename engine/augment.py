@@ -67,15 +67,21 @@ class Augmentation:
         """Names of what `draw` gives."""
         config = self.config
         names = ["mirror", *(["start", "shape"] if config.augment != "none" else [])]
+        names += ["matrix"] if self._warps(on_gpu) else []
         names += ["operation", "bin", "sign"] if self.policy is not None else []
         names += ["erase_start", "erase_shape"] if config.erase else []
         return (*names, *(["on_cpu"] if on_gpu and config.cpu_decode_share else []))
 
+    def _warps(self, on_gpu: bool) -> bool:
+        return self.config.augment == "resized-crop" and not self.config.antialias and not on_gpu
+
     def draw(self, epoch: int, indices: Indices, image_shapes: Int32, *, on_gpu: bool) -> dict[str, Int32 | Float32]:
-        """An array per input, [N] or [N, n], for the samples at `indices`, whose height and width are [N, 2]."""
+        """An array per input, [N], [N, n] or [N, 3, 3], for the samples at `indices`, of height and width [N, 2]."""
         config, seed = self.config, self._seed
         windows = draw_windows(config, seed, epoch, indices, image_shapes)
         drawn: dict[str, Int32 | Float32] = windows._asdict()
+        if self._warps(on_gpu):
+            drawn["matrix"] = resize_matrix(windows.shape, config.resolution)
         if self.policy is not None:
             uniform = sample_uniform(seed, epoch, indices, self.policy.draws, first=POLICY_FROM)
             drawn |= self.policy.choose(uniform)._asdict()
@@ -86,6 +92,13 @@ class Augmentation:
             sample_uniform(seed, epoch, indices, 1, first=CPU_FROM)[:, 0] < config.cpu_decode_share
         ).astype(np.int32)
         return {name: drawn[name] for name in self.inputs(on_gpu=on_gpu)}
+
+
+def resize_matrix(shape: Int32, side: int) -> Float32:
+    """Maps of pixels of a square of `side` to those of windows whose height and width are [N, 2]: [N, 3, 3]."""
+    matrix = np.zeros((len(shape), 3, 3), np.float32)
+    matrix[:, 0, 0], matrix[:, 1, 1], matrix[:, 2, 2] = shape[:, 1] / side, shape[:, 0] / side, 1
+    return matrix
 
 
 def erased(side: int, uniform: Uniform, probability: float) -> tuple[Float32, Float32]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.augment import Augmentation
 from engine.data import DataConfig
 from engine.decode import Batch, handed_over, undecodable_image
+from engine.errors import UserError
 from engine.image_files import FileList
 from engine.mixing import Mixing
 from engine.order import EpochOrder
@@ -43,8 +44,14 @@ class TrainLoader:
     ) -> None:
         """`batch_size` is per rank. Every image is seen once an epoch; batch sizes then differ by one at most.
 
-        `drop_last` leaves out what does not fill a batch over all ranks.
+        `drop_last` leaves out what does not fill a batch over all ranks. Raises UserError for a CPU-decoded share
+        without a GPU.
         """
+        if config.cpu_decode_share and torch.device(device).type != "cuda":
+            raise UserError(
+                f"cpu_decode_share is {config.cpu_decode_share}, but there is no GPU and the CPU decodes every image; "
+                "set --data.cpu-decode-share 0"
+            )
         self._order = EpochOrder(
             len(files),
             global_batch=batch_size * world_size,

@@ -19,7 +19,7 @@ ROWS, COLUMNS = 8, 8
 def augmented(files: FileList, config: DataConfig, seed: int) -> npt.NDArray[np.uint8]:
     """[ROWS * COLUMNS, H, W, C]: each row an image as evaluation sees it, then as training does in one epoch each."""
     chosen = files.subset(np.linspace(0, len(files) - 1, min(ROWS, len(files))).round().astype(int))
-    loader = TrainLoader(chosen, config, batch_size=len(chosen), seed=seed)
+    loader = TrainLoader(chosen, replace(config, cpu_decode_share=0.0), batch_size=len(chosen), seed=seed)
     columns = [np.asarray(evaluation_set(chosen, config).images)]
     for epoch in range(COLUMNS - 1):
         ((images, _),) = loader.epoch(epoch)

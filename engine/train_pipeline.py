@@ -90,7 +90,10 @@ def _decoded_by(
     kind = output_type(config.channels)
     if config.augment == "resized-crop":
         image = fn.decoders.image_slice(content, **_window(inputs), device=decoder, output_type=kind)
-        return fn.resize(image, size=(config.resolution, config.resolution), antialias=True)
+        size = (config.resolution, config.resolution)
+        if "matrix" in inputs:  # plain bilinear by OpenCV: 0.2 ms an image of 224x224, fn.resize takes 0.4
+            return fn.experimental.warp_perspective(image, matrix=inputs["matrix"], size=size, border_mode="replicate")
+        return fn.resize(image, size=size, antialias=config.antialias)
     if exact_size:
         return fn.decoders.image(content, device=decoder, output_type=kind)
     return evaluation_transform(content, config, decoder)

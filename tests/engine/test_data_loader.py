@@ -3,11 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import pipeline_def
 
+from engine.augment import Augmentation
 from engine.data import DataConfig, open_dataset
+from engine.decode import fn
+from engine.errors import UserError
 from engine.evaluation_set import evaluation_set
 from engine.loader import TrainLoader
 from engine.order import EpochOrder, sample_uniform
+from engine.train_pipeline import _decoded
 from tests.engine.data_cases import folder_config, write_image_folder
 
 
@@ -212,6 +217,61 @@ def test_pad_crop_shifts_the_image_into_black_borders(place):
     assert {y for y, _ in shifts} == {x for _, x in shifts} == set(range(9))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_without_antialiasing_only_shrunk_crops_differ(place, channels):
+    """Images of at most 97 pixels: enlarged to 128 the two ways agree to a grey level, shrunk to 24 they do not."""
+    worst = {}
+    for resolution in (128, 24):
+        filtered, plain = (
+            loader_over(
+                place,
+                folder_config(*place, resolution=resolution, channels=channels, mean=(0.5,), std=(0.25,), **change),
+            )
+            for change in ({}, {"antialias": False})
+        )
+        pairs = zip(batches(filtered), batches(plain), strict=True)
+        worst[resolution] = max(float((a - b).abs().max()) for (a, _), (b, _) in pairs) * 0.25 * 255
+    assert worst[128] < 1.5
+    assert worst[24] > 2
+
+
+def test_threads_and_prefetch_leave_plain_crops_as_they_are(place):
+    first = batches(loader_over(place, folder_config(*place, antialias=False)))
+    config = folder_config(*place, antialias=False, threads=3, prefetch=4)
+    assert_equal(first, batches(loader_over(place, config)))
+
+
+def test_share_decoded_by_the_cpu(place):
+    """On a GPU the share is drawn per sample and steers the pipeline; without one it is refused."""
+    config = folder_config(*place, cpu_decode_share=0.2)
+    augmentation, shapes = Augmentation(config, seed=3), np.full((5000, 2), 64, np.int32)
+    on_cpu = augmentation.draw(1, np.arange(5000), shapes, on_gpu=True)["on_cpu"]
+    assert 0.17 < on_cpu.mean() < 0.23
+    assert np.array_equal(on_cpu[[7, 3]], augmentation.draw(1, np.array([7, 3]), shapes[:2], on_gpu=True)["on_cpu"])
+    assert "on_cpu" not in Augmentation(folder_config(*place), seed=3).inputs(on_gpu=True)
+    with pytest.raises(UserError, match=r"the CPU decodes every image; set --data.cpu-decode-share 0"):
+        loader_over(place, config)
+    with pytest.raises(UserError, match=r"cpu_decode_share is 1.5; it must be a share between 0 and 1"):
+        folder_config(*place, cpu_decode_share=1.5)
+
+
+@pytest.mark.parametrize(("share", "decoders"), [(0.0, ["mixed"]), (0.5, ["cpu", "mixed"])])
+def test_decoders_of_a_pipeline_for_a_gpu(place, share, decoders):
+    """The graph as it is defined; running it needs a GPU."""
+    config = folder_config(*place, cpu_decode_share=share)
+    names = Augmentation(config, seed=3).inputs(on_gpu=True)
+
+    @pipeline_def(enable_conditionals=True)
+    def graph():
+        inputs = {name: fn.external_source(name=name) for name in names}
+        return _decoded(fn.external_source(name="content"), inputs, config, gpu=True, exact_size=False)
+
+    defined = graph(batch_size=2, num_threads=1, device_id=0)
+    defined._build_graph()
+    operators = [node._op for node in defined._ops]
+    assert [op.device for op in operators if type(op).__name__ == "ImageSlice"] == decoders
+
+
 def test_waiting_is_counted(place):
     loader = loader_over(place)
     assert loader.wait_seconds == 0
@@ -232,9 +292,10 @@ def test_steps_per_epoch(place):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU for mixed decoding")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("augment", ["resized-crop", "pad-crop", "none"])
-def test_gpu_batches_match_the_cpu(place, augment, dtype):
-    config = folder_config(*place, augment=augment)
-    on_cpu = batches(loader_over(place, config))
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_gpu_batches_match_the_cpu(place, augment, dtype, share):
+    on_cpu = batches(loader_over(place, folder_config(*place, augment=augment)))
+    config = folder_config(*place, augment=augment, cpu_decode_share=share)
     on_gpu = batches(loader_over(place, config, device="cuda", dtype=dtype))
     assert len(on_cpu) == len(on_gpu)
     for (expected, labels), (images, gpu_labels) in zip(on_cpu, on_gpu, strict=True):
