@@ -129,7 +129,7 @@ class ChunkCounter:
                 counts.record([self.tree.leaves[leaf] for leaf in leaves], logits, labels)
                 done += len(leaves) * len(labels)
                 self.advance(len(leaves) * len(labels))
-        except RuntimeError:
+        except (RuntimeError, MemoryError):
             self.advance(-done)
             raise
         return counts
