@@ -98,7 +98,9 @@ def _end(line: str) -> None:
 
 
 def _stopped() -> Preempted:
-    return Preempted(f"stopped by {signal_name()}; what was finished is kept, the same command continues")
+    return Preempted(
+        f"stopped by {signal_name()}; what was finished is kept, the same command continues, a training with --resume"
+    )
 
 
 def requested() -> bool:

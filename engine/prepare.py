@@ -108,11 +108,11 @@ def main() -> None:
     prepared = prepare(reader, preparation)
     class_sheet(prepared.parts["train"], prepared.classes, prepared.output / SHEET)
     figures = summary(prepared)
-    tell(prepared, figures)
+    tell(prepared, figures, preparation)
     write_figures(arguments.json, figures)
 
 
-def tell(prepared: Prepared, figures: dict) -> None:  # type: ignore[type-arg]
+def tell(prepared: Prepared, figures: dict[str, Any], preparation: Preparation) -> None:
     """Print the summary."""
     images, per_class = figures["images"], figures["images_per_class"]
     lines = [
@@ -134,7 +134,11 @@ def tell(prepared: Prepared, figures: dict) -> None:  # type: ignore[type-arg]
     if prepared.set_aside:
         total = sum(images.values()) + len(prepared.set_aside)
         lines.append(f"{describe(prepared.set_aside, total, 'the source')}; listed in {prepared.output / QUARANTINE}")
-    lines.append(f"look at {prepared.output / SHEET}; train with --data.source folder --data.path {prepared.output}")
+    lines.append(
+        f"look at {prepared.output / SHEET}; train with --data.source folder --data.path {prepared.output} "
+        f"--data.val-per-class {preparation.val_per_class}"
+        + (f" --data.split-seed {preparation.split_seed}" if preparation.split_seed else "")
+    )
     print("\n".join(lines))
 
 

@@ -53,9 +53,7 @@ class RunDir:
     @classmethod
     def create(cls, path: Path | str, config: RunConfig) -> "RunDir":
         """Start a run in a new or empty directory. Raises `UserError` when something is there already."""
-        run = cls(path)
-        if run.config_file.exists():
-            raise UserError(f"{run.path} already holds a run; continue it with --resume or choose another --run")
+        run = cls.refuse_existing(path)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,6 +66,14 @@ class RunDir:
                 f"{run.path} is not empty ({foreign[0]}, ...) and holds no run; choose a new or empty directory"
             )
         write_json(run.config_file, to_json(config))
+        return run
+
+    @classmethod
+    def refuse_existing(cls, path: Path | str) -> "RunDir":
+        """The paths of a run that is still to be made. Raises `UserError` when there is a run already."""
+        run = cls(path)
+        if run.config_file.exists():
+            raise UserError(f"{run.path} already holds a run; continue it with --resume or choose another --run")
         return run
 
     @classmethod

@@ -50,8 +50,8 @@ def choose(files: FileList, classes: Sequence[str], per_class: float, seed: int)
         count = count_of(per_class, len(members))
         if len(members) <= count:
             raise UserError(
-                f"class {name} has {len(members)} images in {files.root / name}, but the search-validation split takes "
-                f"{count} per class and must leave some to train; add images or lower val_per_class"
+                f"class {name} has {len(members)} training images, but the search-validation split takes "
+                f"{count} per class and must leave some to train; add images or lower --data.val-per-class"
             )
         members.sort(key=lambda i: (hash_rank(seed, files.names[i]), files.names[i]))
         chosen.extend(members[:count])

@@ -92,6 +92,7 @@ def _open_run(path: Path, arguments: TrainArguments) -> tuple[RunDir, RunConfig]
     if arguments.resume:
         run_dir = RunDir.open(path)
         return run_dir, run_dir.config()
+    RunDir.refuse_existing(path)
     classes = len(open_dataset(arguments.config.data).classes)
     config = replace(arguments.config, space=replace(arguments.config.space, classes=classes))
     return RunDir.create(path, config), config

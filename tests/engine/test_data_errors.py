@@ -114,8 +114,8 @@ def test_class_too_small_for_the_split(folder, cache):
     for index in range(9):
         os.remove(folder / "train" / "cat" / f"{index:02}.jpg")
     assert open_error(folder, cache) == (
-        f"class cat has 2 images in {folder}/train/cat, but the search-validation split takes 2 per class and must "
-        "leave some to train; add images or lower val_per_class"
+        "class cat has 2 training images, but the search-validation split takes 2 per class and must "
+        "leave some to train; add images or lower --data.val-per-class"
     )
 
 
