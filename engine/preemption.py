@@ -98,9 +98,8 @@ def _end(line: str) -> None:
 
 
 def _stopped() -> Preempted:
-    return Preempted(
-        f"stopped by {signal_name()}; what was finished is kept, the same command continues, a training with --resume"
-    )
+    continues = "what was finished is kept, the same command continues, a training with --resume"
+    return Preempted(f"stopped by {signal_name()}; {continues}")
 
 
 def requested() -> bool:
