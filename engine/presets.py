@@ -98,7 +98,7 @@ def digits() -> RunConfig:
         preset="digits",
         space=digits_space(),
         data=DataConfig(source="digits", resolution=16, val_per_class=20, augment="pad-crop", pad=1),
-        # Short trainings need shared weights that see many updates: see `Sharing` and the fair-sampling page.
+        # Short trainings need shared weights that see many updates, and recalibrated scores: docs/study.md has figures.
         # A third step, to 3 operations, leaves some ten architectures of so small a space: nothing to search.
         sharing="nested",
         sampling=SamplingConfig(update="path", batches="fresh"),

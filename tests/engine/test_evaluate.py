@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine import rounds
+from engine import evaluate, rounds
 from engine.errors import UserError
 from engine.evaluate import Evaluator, Score
 from engine.folded import FoldedLayers
@@ -137,6 +137,8 @@ def test_other_errors_are_not_taken_for_memory(nested, monkeypatch):
 def test_peak_memory_stays_in_the_budget(nested, monkeypatch):
     """Outputs that are held at once, summed over the levels, against the activations part of a budget."""
     data = random_images(64)
+    for module in (evaluate, rounds):
+        monkeypatch.setattr(module, "worker_count", lambda device: 1)  # the budget is divided among workers
     evaluator = Evaluator(nested, data, memory_budget_mib=1)
     descend, held, peak = TreeRunner._descend, [0], [0]
 
@@ -148,7 +150,6 @@ def test_peak_memory_stays_in_the_budget(nested, monkeypatch):
         held[0] -= size if level else 0
 
     monkeypatch.setattr(TreeRunner, "_descend", watched)
-    monkeypatch.setattr(rounds, "worker_count", lambda device: 1)
     evaluator.memory = replace(evaluator.memory, max_chunk=64)
     evaluator.evaluate(archs_of(SPACES["full"], count=72))
     assert 0 < peak[0] <= evaluator.memory.activations
