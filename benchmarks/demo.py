@@ -5,7 +5,6 @@
 Each step is the command that a user would type, and is printed. A repeated call continues or reuses what is stored.
 """
 
-import json
 import os
 import socket
 import subprocess
@@ -33,6 +32,7 @@ from rich.table import Table
 from engine.cli import parse, write_figures
 from engine.errors import UserError, run
 from engine.metrics import duration
+from engine.run_facts import RunFacts
 from engine.rundir import RunDir, read_json
 
 
@@ -134,9 +134,11 @@ def show(run_dir: RunDir, figures: dict[str, Any]) -> None:
     for step, space in enumerate(run_dir.spaces()):
         when = f"space after shrink step {step}" if step else "full space"
         table.add_row(when, f"{space.num_architectures:.3g} architectures, at most {space.max_live} operations a block")
-    for when, probe in _probes(run_dir).items():
+    for probe in RunFacts(run_dir.path).probes:
         low, middle, high = probe["top1"][0], probe["median"], probe["top1"][-1]
-        table.add_row(f"one-shot top-1, {when}", f"{low:.3f} / {middle:.3f} / {high:.3f} (min / median / max of 20)")
+        table.add_row(
+            f"one-shot top-1, {probe['when']}", f"{low:.3f} / {middle:.3f} / {high:.3f} (min / median / max of 20)"
+        )
     table.add_row("best subnet", best["arch"].replace("_", "\n"))
     table.add_row("MACs, parameters", f"{best['macs'] / 1e6:.2f} M, {best['params'] / 1e3:.1f} k")
     table.add_row("one-shot top-1", f"{best['top1']:.4f} (search-validation set)")
@@ -151,11 +153,6 @@ def show(run_dir: RunDir, figures: dict[str, Any]) -> None:
     table.add_row("everything is in", str(run_dir.path))
     table.add_row("the report", figures["report"]["report"])
     Console(width=110).print(table)
-
-
-def _probes(run_dir: RunDir) -> dict[str, dict[str, Any]]:
-    lines = [json.loads(line) for line in run_dir.metrics_file.read_text().splitlines()]
-    return {line["when"]: line for line in lines if line["kind"] == "probe"}
 
 
 def _parity(export: dict[str, Any]) -> str:

@@ -28,9 +28,10 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks.latency_engines import engines_ahead
-from benchmarks.latency_report import plot_latency, show, write_csv
+from benchmarks.latency_report import plot_latency, show
 from benchmarks.latency_rows import Effort, Network, measure_rows
 from benchmarks.provenance import provenance
+from benchmarks.timing import write_csv
 from engine.chosen_network import choose_network
 from engine.cli import parse, write_figures
 from engine.errors import UserError, run

@@ -1,6 +1,5 @@
 """How benchmarks/latency.py tells its rows: tables on the console, a CSV and a plot."""
 
-import csv
 import io
 import statistics
 from collections.abc import Sequence
@@ -14,15 +13,6 @@ from engine.atomic import write_atomically
 
 BUSY = 1.1
 """Slowdown, median of all rows, from which the user is told that something else was running."""
-
-
-def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows as CSV with every column that any of them has; the file appears whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(file, text.getvalue().encode())
 
 
 def plot_latency(rows: Sequence[dict[str, Any]], file: Path) -> Path | None:

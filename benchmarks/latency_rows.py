@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from benchmarks.latency_report import write_csv
+from benchmarks.timing import write_csv
 from engine.onnx_export import Precision, compare_logits, torch_logits
 from search.backends import BACKENDS, CannotRun, Model, Session, session_logits
 from search.backends.timing import Timed, measure_in_turn

@@ -127,9 +127,13 @@ def _pool(
             f"the space after the shrink steps holds {space.num_architectures} architectures, fewer than the "
             f"{arguments.archs} asked for; give fewer --archs, or a smaller --step"
         )
-    scores = dict(zip(candidates, _scores(run_dir, arguments, process, newest[1], candidates), strict=True))
-    macs = CostModel(space).macs_and_params
-    return stratified(candidates, lambda a: scores[a], lambda a: macs(a)[0], arguments.archs)
+    return spread_over(space, candidates, _scores(run_dir, arguments, process, newest[1], candidates), arguments.archs)
+
+
+def spread_over(space: Space, archs: Sequence[Arch], top1: Sequence[float], count: int) -> list[Arch]:
+    """`count` architectures stratified over their accuracies, and over their MACs in each stratum."""
+    accuracy, macs = dict(zip(archs, top1, strict=True)), CostModel(space).macs_and_params
+    return stratified(archs, accuracy.__getitem__, lambda arch: macs(arch)[0], count)
 
 
 def stratified(

@@ -21,10 +21,11 @@ from benchmarks.mutated_files import (
     space_reader,
     try_mutations,
 )
-from benchmarks.soak_pipeline import LONGEST, Pipelines, Report, metrics, poison_rank_1, steps
+from benchmarks.soak_pipeline import LONGEST, Pipelines, Report, poison_rank_1, steps
 from engine.checkpoint import Progress, Written, manifest_file, newest_checkpoint, write_checkpoint
 from engine.preemption import EXIT_CONTINUE
 from engine.presets import preset
+from engine.run_facts import RunFacts
 from engine.rundir import RunDir, read_json
 from engine.sampling import uniform_arch
 from engine.tensor_file import read_tensors
@@ -237,7 +238,7 @@ def stall(pipelines: Pipelines) -> Report:
         arguments += ["--safety.checkpoint-minutes", minutes, "--json", str(figures)]
         process = pipelines.start(run, "engine/train.py", arguments, Faults())
         report.expect(process.ended(LONGEST) == 0, f"training: {process.said()[-700:]}")
-        seconds = sum(line["seconds"] for line in metrics(run) if line["kind"] == "epoch")
+        seconds = sum(line["seconds"] for line in RunFacts(run).epochs)
         share = read_json(figures)["checkpoint_stall_seconds"] / seconds
         report.seconds |= {f"training, a checkpoint every {minutes} minutes": seconds}
         report.counts[f"hundredths of a percent of it standing still, every {minutes} minutes"] = round(1e4 * share)

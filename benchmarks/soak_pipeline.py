@@ -1,6 +1,5 @@
 """The small digits pipeline that benchmarks/soak.py disturbs: train, evolve, retrain, export; and undisturbed ones."""
 
-import json
 import os
 import random
 import shutil
@@ -157,11 +156,6 @@ class Pipelines:
         target = self.directory / name
         shutil.rmtree(target, ignore_errors=True)
         return shutil.copytree(run, target)
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def steps(run: Path) -> int:

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 from rich.console import Console
 
 from benchmarks.provenance import provenance
-from benchmarks.ranking import stratified
+from benchmarks.ranking import spread_over
 from benchmarks.study_baselines import BASELINES, Setting
 from benchmarks.study_cells import CELLS, Cell, StudyPreset, base_config
 from benchmarks.study_measure import Pool, measure_supernet
@@ -100,7 +100,7 @@ def main() -> None:
     study.run()
     if process.is_main:
         figures = {**study.results(), **provenance()}
-        write_tables(figures, arguments.output, arguments.page)
+        write_tables(figures, study.directory, arguments.page)
         write_figures(arguments.json, figures)
 
 
@@ -110,6 +110,10 @@ class Study:
 
     arguments: StudyArguments
     process: Process
+
+    @property
+    def directory(self) -> Path:
+        return self.arguments.output.expanduser()
 
     def run(self) -> None:
         """Whatever is still to do, seed by seed, so that a study cut short has complete comparisons."""
@@ -177,7 +181,7 @@ class Study:
 
     def _claim(self) -> None:
         """Record the request. Raises `UserError` when the directory holds a study with another one."""
-        file = self.arguments.output.expanduser() / "study.json"
+        file = self.directory / "study.json"
         if file.is_file():
             held = read_json(file)
             for name, value in self.request.items():
@@ -191,10 +195,10 @@ class Study:
     # ---- parts
 
     def _path(self, name: str, seed: int) -> Path:
-        return self.arguments.output.expanduser() / name / f"seed-{seed}"
+        return self.directory / name / f"seed-{seed}"
 
     def _result(self, name: str, seed: int) -> Path:
-        return self.arguments.output.expanduser() / "results" / f"{name}-{seed}.json"
+        return self.directory / "results" / f"{name}-{seed}.json"
 
     def _cell(self, cell: Cell, seed: int) -> dict[str, Any]:
         """Train a cell's supernet, or what is left to train, and measure it."""
@@ -222,21 +226,22 @@ class Study:
 
     def _alone(self, trained: TrainedRun, seed: int | None = None) -> TrainedAlone:
         config = trained.config if seed is None else replace(trained.config, seed=seed)
-        directory = self.arguments.output.expanduser() / "alone"
-        return TrainedAlone(directory, config, self.process, trained.data, self.arguments.safety)
+        return TrainedAlone(self.directory / "alone", config, self.process, trained.data, self.arguments.safety)
 
     def _pool(self) -> Pool:
         """Architectures spread over one-shot accuracy and MACs, each with its test top-1 when trained alone."""
         if not self.arguments.archs:
-            return Pool((), ())
+            return Pool((), (), ())
         trained = self._trained_base(0)
         space, rng = self.base.space, random.Random("pool")
         candidates = list(dict.fromkeys(uniform_arch(space, rng) for _ in range(10 * self.arguments.archs)))
-        scores = dict(zip(candidates, trained.evaluator().evaluate(candidates), strict=True))
-        macs = CostModel(space).macs_and_params
-        archs = stratified(candidates, lambda a: scores[a].top1, lambda a: macs(a)[0], self.arguments.archs)
+        top1 = [score.top1 for score in trained.evaluator().evaluate(candidates)]
+        archs = spread_over(space, candidates, top1, self.arguments.archs)
         seeds = [self._alone(trained, seed) for seed in range(self.arguments.pool_seeds)]
-        return Pool(tuple(archs), tuple(tuple(alone.top1(space, arch) for arch in archs) for alone in seeds))
+        macs = CostModel(space).macs_and_params
+        return Pool(
+            tuple(archs), tuple(macs(arch)[0] for arch in archs), tuple(alone.all_top1(space, archs) for alone in seeds)
+        )
 
 
 def _open(path: Path, config: RunConfig) -> RunDir:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from engine.config import RunConfig, SamplingConfig, ShrinkConfig
-from engine.presets import preset
-from engine.space import Cluster, Space
+from engine.presets import preset, searched_cluster
+from engine.space import Space
 
 StudyPreset = Literal["digits", "fashion-mnist"]
 
@@ -46,24 +46,17 @@ def base_config(name: StudyPreset, epochs: int | None, retrain_epochs: int | Non
 
 
 def light_space(space: Space) -> Space:
-    """Eight blocks in five clusters for 32x32 images, all three dimensions searched, a fifth of the preset's MACs."""
-
-    def cluster(blocks: int, channels: tuple[int, ...], stride: int) -> Cluster:
-        return Cluster(blocks=blocks, kernels=(3, 5, 7), expansions=(3, 6), channels=channels, stride=stride)
-
-    return Space(
-        resolution=space.resolution,
-        classes=space.classes,
-        stem_channels=16,
-        stem_stride=2,
-        separable_channels=8,
+    """Eight blocks in five clusters for 32x32 images, all dimensions searched, at most two fifths of the preset's MACs."""
+    return replace(
+        space,
         tail_channels=256,
+        live=(),
         clusters=(
-            cluster(1, (16, 20, 24), 2),
-            cluster(2, (24, 32, 40), 1),
-            cluster(2, (40, 48, 56), 2),
-            cluster(2, (56, 64, 80), 1),
-            cluster(1, (80, 96, 112), 1),
+            searched_cluster(1, (16, 20, 24), 2),
+            searched_cluster(2, (24, 32, 40), 1),
+            searched_cluster(2, (40, 48, 56), 2),
+            searched_cluster(2, (56, 64, 80), 1),
+            searched_cluster(1, (80, 96, 112), 1),
         ),
     )
 

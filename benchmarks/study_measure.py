@@ -1,6 +1,5 @@
 """What a study measures of one trained supernet."""
 
-import json
 import random
 import statistics
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from benchmarks.agreement import agreement
 from benchmarks.trained_alone import TrainedAlone
 from engine.errors import UserError
 from engine.evaluate import BatchNormMode
+from engine.run_facts import RunFacts
 from engine.sampling import uniform_arch
 from engine.space import Arch, Space
 from engine.trained_run import TrainedRun
@@ -29,6 +29,7 @@ class Pool:
     """Architectures that were trained alone, each with every seed."""
 
     archs: tuple[Arch, ...]
+    macs: tuple[int, ...]
     top1_by_seed: tuple[tuple[float, ...], ...]
     """Test top-1 for each seed, in the order of the architectures."""
 
@@ -38,11 +39,12 @@ class Pool:
         return [statistics.mean(values) for values in zip(*self.top1_by_seed, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
-        """With how well the first two seeds agree: noise of training keeps any other ranking from doing better."""
+        """With how well the first two seeds agree, which no other ranking can do much better than, and MACs rank."""
         seeds = self.top1_by_seed
         return {
             "archs": [str(arch) for arch in self.archs],
             "top1_by_seed": [list(values) for values in seeds],
+            "macs_agree": agreement(self.macs, self.top1, resamples=RESAMPLES),
             "seeds_agree": agreement(seeds[0], seeds[1], resamples=RESAMPLES) if len(seeds) > 1 else None,
         }
 
@@ -65,18 +67,18 @@ def measure_supernet(
         if comparable:
             one_shot[bn] = [score.top1 for score in evaluator.evaluate(pool.archs)]
             ranking[bn] = agreement(one_shot[bn], pool.top1, resamples=RESAMPLES)
-    limits = _reachable(space, limit)
+    facts, limits = RunFacts(trained.run.path), _reachable(space, limit)
     best = search(trained, limits, evolution, None)["best"]
     return {
         "random_top1": random_top1,
-        "probes": _lines(trained, "probe"),
+        "probes": facts.probes,
         "ranking": ranking,
         "pool": pool.to_json() if comparable else None,
         "pool_one_shot": one_shot,
         "best": best,
         "limit_kept": bool(limits),
         "retrained_top1": alone.top1(trained.config.space, Arch.parse(best["arch"])),
-        "training_s": sum(line["seconds"] for line in _lines(trained, "epoch")),
+        "training_s": sum(line["seconds"] for line in facts.epochs),
     }
 
 
@@ -95,8 +97,3 @@ def _holds(space: Space, arch: Arch) -> bool:
     except UserError:
         return False
     return True
-
-
-def _lines(trained: TrainedRun, kind: str) -> list[dict[str, Any]]:
-    lines = map(json.loads, trained.run.metrics_file.read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]

@@ -1,6 +1,5 @@
 """The tables and plots of a study: CSV, Markdown and SVG."""
 
-import csv
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
+from benchmarks.timing import write_csv
 from engine.atomic import write_atomically
 from engine.errors import UserError
 
@@ -35,8 +35,8 @@ def write_tables(figures: Results, directory: Path, page: Path | None) -> None:
 
     text = f"{_provenance(figures)}\n\n{supernet_table(figures)}\n\n{network_table(figures)}\n"
     write_atomically(directory / "tables.md", text.encode())
-    _write_csv(directory / "supernets.csv", [dict(row) for row in cell_rows(figures)])
-    _write_csv(directory / "networks.csv", network_rows(figures))
+    write_csv(directory / "supernets.csv", cell_rows(figures))
+    write_csv(directory / "networks.csv", network_rows(figures))
     write_plots(figures, directory)
     if page is not None:
         fill_page(page, text)
@@ -138,19 +138,20 @@ def _tau(part: dict[str, Any], bn: str) -> float | None:
 
 def _provenance(figures: Results) -> str:
     request = figures["request"]
-    agree = _seeds_agree(figures)
+    seeds, macs = (_pool_tau(figures, name) for name in ("seeds_agree", "macs_agree"))
     return (
         f"Commit {figures['commit']}, {figures['date'][:10]}. Limit {request['max_macs'] / 1e6:.2f} M MACs; "
         f"supernets of {request['base']['shrink']['first_epochs']} epochs, networks trained alone for "
         f"{request['base']['retrain']['epochs']}. Differences from the base are over equal seeds, with a 95 % interval."
-        + (f" Two trainings of the pool's networks with different seeds agree with tau {agree}." if agree else "")
+        + (f" Two trainings of the pool's networks with different seeds agree with tau {seeds}." if seeds else "")
+        + (f" Their MACs rank them with tau {macs}." if macs else "")
     )
 
 
-def _seeds_agree(figures: Results) -> str:
-    """Kendall's tau of two seeds of the pool, with its interval."""
+def _pool_tau(figures: Results, name: str) -> str:
+    """Kendall's tau of two seeds of the pool, or of its MACs, with its interval."""
     pools = [part["pool"] for part in figures["cells"][REFERENCE_CELL]["seeds"].values() if part["pool"]]
-    agree = pools[0]["seeds_agree"] if pools else None
+    agree = pools[0][name] if pools else None
     if not agree or agree["kendall_tau"] is None:
         return ""
     low, high = agree["kendall_tau_interval"]
@@ -160,11 +161,3 @@ def _seeds_agree(figures: Results) -> str:
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    if rows:
-        with open(file, "w", newline="") as handle:
-            writer = csv.DictWriter(handle, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import io
 import platform
 import subprocess
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from engine.atomic import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -115,3 +118,12 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows as CSV with every column that any of them has; the file appears whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(file, text.getvalue().encode())

@@ -2,10 +2,10 @@
 
 import fcntl
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -38,26 +38,44 @@ class TrainedAlone:
     def test_images(self) -> EvaluationSet:
         return evaluation_set(self.data.open_test(), self.config.data)
 
+    def all_top1(self, space: Space, archs: Sequence[Arch]) -> tuple[float, ...]:
+        """Test top-1 of each. Those that another process has in training come last, so that several share the work."""
+        for arch in archs:
+            if not on_main(self.process, partial(_in_training, self.entry(space, arch)[0])):
+                self.top1(space, arch)
+        return tuple(self.top1(space, arch) for arch in archs)
+
     def top1(self, space: Space, arch: Arch) -> float:
         """Test top-1 of the released network of an architecture; an interrupted training continues."""
+        directory, request = self.entry(space, arch)
+        result = directory / "result.json"
+        known = on_main(self.process, lambda: read_json(result) if result.is_file() else {})
+        if known.get("request") == request:
+            return float(known["test_top1"])
+        if self.process.is_main:
+            Console(stderr=True).print(f"training alone: {arch}", highlight=False)
+        torch.manual_seed(self.config.seed)
+        top1 = self.train(Subnet(space, arch), request, directory)
+        on_main(self.process, lambda: write_json(result, {"request": request, "test_top1": top1}))
+        return top1
+
+    def entry(self, space: Space, arch: Arch) -> tuple[Path, dict[str, object]]:
+        """Where an architecture's training and result lie, and what was asked of it."""
         settings = {name: getattr(self.config.retrain, name) for name in _SETTINGS}
         request = {"arch": str(arch), "seed": self.config.seed, **settings}
-        directory = self.directory / hashlib.sha256(str((request, space.to_json())).encode()).hexdigest()[:12]
-        result = directory / "result.json"
-        with entered_by_main(self.process, _alone_in(directory)):
-            known = on_main(self.process, lambda: read_json(result) if result.is_file() else {})
-            if known.get("request") == request:
-                return float(known["test_top1"])
-            if self.process.is_main:
-                Console(stderr=True).print(f"training alone: {arch}", highlight=False)
-            torch.manual_seed(self.config.seed)
-            top1 = self.train(Subnet(space, arch), request, directory)
-            on_main(self.process, lambda: write_json(result, {"request": request, "test_top1": top1}))
-            return top1
+        name = hashlib.sha256(str((request, space.to_json())).encode()).hexdigest()[:12]
+        return self.directory / name, request
 
     def train(self, network: nn.Module, request: dict[str, object], directory: Path) -> float:
-        """Train a network, from where it was interrupted, and test it. Returns top-1; `network` has the weights."""
-        StandaloneTrainer(network, self.config, directory, request, self.process, self.data, {}, self.safety).train()
+        """Train a network, from where it was interrupted, and test it. Returns top-1; `network` has the weights.
+
+        What another process has in training there is waited for, and then taken over.
+        """
+        with entered_by_main(self.process, _alone_in(directory)):
+            trainer = StandaloneTrainer(
+                network, self.config, directory, request, self.process, self.data, {}, self.safety
+            )
+            trainer.train()
         return on_main(self.process, lambda: measure_accuracy(network, self.test_images, self.process.device).top1)
 
 
@@ -68,3 +86,15 @@ def _alone_in(directory: Path) -> Iterator[None]:
     with open(directory / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _in_training(directory: Path) -> bool:
+    """Does another process train in a directory at the moment?"""
+    if not directory.is_dir():
+        return False
+    with open(directory / "lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

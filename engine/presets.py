@@ -9,22 +9,22 @@ from engine.errors import UserError
 from engine.space import Cluster, Space
 
 
+def searched_cluster(blocks: int, channels: tuple[int, ...], stride: int) -> Cluster:
+    """A cluster with the kernels and expansions of the paper's Table 1 and these options of channels."""
+    return Cluster(blocks=blocks, kernels=(3, 5, 7), expansions=(3, 6), channels=channels, stride=stride)
+
+
 def imagenet_space(classes: int = 1000) -> Space:
     """Table 1 of the paper: 19 blocks, 3^6 x 6^19 architectures of 199.96 M to 773.40 M MACs."""
-    kernels, expansions = (3, 5, 7), (3, 6)
-
-    def cluster(blocks: int, channels: tuple[int, ...], stride: int) -> Cluster:
-        return Cluster(blocks=blocks, kernels=kernels, expansions=expansions, channels=channels, stride=stride)
-
     return Space(
         classes=classes,
         clusters=(
-            cluster(2, (24, 32, 40), 2),
-            cluster(4, (40, 48, 56), 2),
-            cluster(4, (64, 72, 80), 2),
-            cluster(4, (96, 112, 128), 1),
-            cluster(4, (160, 192, 224), 2),
-            cluster(1, (240, 280, 320), 1),
+            searched_cluster(2, (24, 32, 40), 2),
+            searched_cluster(4, (40, 48, 56), 2),
+            searched_cluster(4, (64, 72, 80), 2),
+            searched_cluster(4, (96, 112, 128), 1),
+            searched_cluster(4, (160, 192, 224), 2),
+            searched_cluster(1, (240, 280, 320), 1),
         ),
     )
 
@@ -43,11 +43,6 @@ def mobilenet_v2_space(classes: int = 1000) -> Space:
 
 def digits_space() -> Space:
     """Eight blocks in four clusters for 16x16 images."""
-    kernels, expansions = (3, 5, 7), (3, 6)
-
-    def cluster(blocks: int, channels: tuple[int, ...], stride: int) -> Cluster:
-        return Cluster(blocks=blocks, kernels=kernels, expansions=expansions, channels=channels, stride=stride)
-
     return Space(
         resolution=16,
         classes=10,
@@ -56,21 +51,16 @@ def digits_space() -> Space:
         separable_channels=8,
         tail_channels=256,
         clusters=(
-            cluster(2, (16, 20, 24), 2),
-            cluster(3, (24, 32, 40), 2),
-            cluster(2, (40, 48, 56), 1),
-            cluster(1, (56, 64, 80), 1),
+            searched_cluster(2, (16, 20, 24), 2),
+            searched_cluster(3, (24, 32, 40), 2),
+            searched_cluster(2, (40, 48, 56), 1),
+            searched_cluster(1, (56, 64, 80), 1),
         ),
     )
 
 
 def fashion_mnist_space() -> Space:
     """Ten blocks in five clusters for 32x32 images."""
-    kernels, expansions = (3, 5, 7), (3, 6)
-
-    def cluster(blocks: int, channels: tuple[int, ...], stride: int) -> Cluster:
-        return Cluster(blocks=blocks, kernels=kernels, expansions=expansions, channels=channels, stride=stride)
-
     return Space(
         resolution=32,
         classes=10,
@@ -79,11 +69,11 @@ def fashion_mnist_space() -> Space:
         separable_channels=8,
         tail_channels=320,
         clusters=(
-            cluster(2, (16, 20, 24), 1),
-            cluster(3, (24, 32, 40), 2),
-            cluster(2, (48, 56, 64), 1),
-            cluster(2, (64, 80, 96), 2),
-            cluster(1, (96, 112, 128), 1),
+            searched_cluster(2, (16, 20, 24), 1),
+            searched_cluster(3, (24, 32, 40), 2),
+            searched_cluster(2, (48, 56, 64), 1),
+            searched_cluster(2, (64, 80, 96), 2),
+            searched_cluster(1, (96, 112, 128), 1),
         ),
     )
 

@@ -13,8 +13,7 @@ from PIL import Image
 from benchmarks import serve_check
 from benchmarks.serve_check import Server, image_files, images_of_run
 from engine.errors import UserError
-from engine.formats.image_folder import ImageFolderReader
-from engine.preparing import Preparation, prepare
+from tests.engine.source_cases import prepare_source
 
 
 def prepared_run(place: Path) -> Path:
@@ -25,16 +24,7 @@ def prepared_run(place: Path) -> Path:
             for number in range(3):
                 pixels = np.full((9, 11 + number), gray, np.uint8)
                 Image.fromarray(pixels).save(place / "raw" / part / name / f"{number}.png")
-    preparation = Preparation(
-        output=place / "prepared",
-        channels=1,
-        val_per_class=1,
-        split_seed=0,
-        max_broken=0.0,
-        max_megapixels=1,
-        threads=1,
-    )
-    prepare(ImageFolderReader(place / "raw"), preparation)
+    prepare_source(place / "raw", place / "prepared", channels=1, val_per_class=1)
     run = place / "run"
     run.mkdir()
     data = {"source": "folder", "path": str(place / "prepared"), "cache_dir": str(place)}

@@ -1,5 +1,7 @@
 """The study: its table of cells, its baselines, its statistics, and a whole tiny one that is repeated."""
 
+import fcntl
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,12 @@ from benchmarks.study import NAMES, Study, StudyArguments
 from benchmarks.study_baselines import Plain, count_macs, largest_arch, mobilenet_v2_of, prune
 from benchmarks.study_cells import CELLS, base_config, fixed_channels
 from benchmarks.study_tables import BEGIN, END, fill_page, network_table, supernet_table, write_tables
+from benchmarks.trained_alone import TrainedAlone
 from engine.cost import CostModel
+from engine.data import open_dataset
 from engine.errors import UserError
 from engine.presets import digits_space
+from engine.sampling import uniform_arch
 from engine.subnet import Subnet
 from tests.engine.training_cases import tiny_config, tiny_space
 
@@ -83,7 +88,11 @@ def _part(top1: float, tau: float | None = None) -> dict:
     return {
         "random_top1": {"running": [0.1], "recalibrate": [top1]}, "ranking": ranking,
         "best": {"top1": top1, "macs": 2e6}, "retrained_top1": top1, "training_s": 90, "probes": [],
-        "pool": {"seeds_agree": {"kendall_tau": 0.5, "kendall_tau_interval": [0.1, 0.8]}, "top1_by_seed": []},
+        "pool": {
+            "seeds_agree": {"kendall_tau": 0.5, "kendall_tau_interval": [0.1, 0.8]},
+            "macs_agree": {"kendall_tau": 0.25, "kendall_tau_interval": [0, 0.5]},
+            "top1_by_seed": [],
+        },
         "pool_one_shot": {},
     }  # fmt: skip
 
@@ -121,6 +130,7 @@ def test_a_page_is_filled_between_its_marks(tmp_path):
     assert "old" not in text
     assert "Commit abc, 2026-01-02. Limit 2.00 M MACs" in text
     assert "different seeds agree with tau 0.50 (0.10 to 0.80)" in text
+    assert "MACs rank them with tau 0.25 (0.00 to 0.50)" in text
     assert (tmp_path / "networks.svg").is_file()
     assert len((tmp_path / "supernets.csv").read_text().splitlines()) == 5
     page.write_text("nothing")
@@ -168,11 +178,29 @@ def test_a_whole_study_is_done_once_and_other_options_are_refused(alone, tmp_pat
     with pytest.raises(UserError, match=r"base.seed-1 is not there, which this part needs; add base to --cells"):
         Study(replace(arguments, cells=("random-search",), seeds=2), alone).run()
     (tmp_path / "study" / "results" / "base-0.json").unlink()
-    monkeypatch.setattr(study_script, "base_config", lambda *_: config)
     run_config = Path(tmp_path / "study" / "base" / "seed-0" / "config.json")
     run_config.write_text(run_config.read_text().replace('"seed": 0', '"seed": 5'))
     with pytest.raises(UserError, match=r"holds a run with another configuration; give another --output"):
         Study(arguments, alone).run()
+
+
+def test_networks_in_training_elsewhere_come_last(alone, tmp_path, monkeypatch):
+    config, trained = tiny_config(tmp_path / "cache"), []
+    pool = TrainedAlone(tmp_path, config, alone, open_dataset(config.data))
+
+    def train(self, network, request, directory):
+        trained.append(network.arch)
+        busy.close()  # the other process ends meanwhile
+        return 0.5
+
+    monkeypatch.setattr(TrainedAlone, "train", train)
+    first, second = (uniform_arch(config.space, random.Random(seed)) for seed in range(2))
+    directory = pool.entry(config.space, first)[0]
+    directory.mkdir()
+    with open(directory / "lock", "a") as busy:
+        fcntl.flock(busy, fcntl.LOCK_EX)
+        assert pool.all_top1(config.space, [first, second]) == (0.5, 0.5)
+    assert trained == [second, first]
 
 
 def test_unknown_cells_and_empty_numbers_are_refused(tmp_path):
