@@ -143,6 +143,7 @@ def _provenance(figures: Results) -> str:
         f"Commit {figures['commit']}, {figures['date'][:10]}. Limit {request['max_macs'] / 1e6:.2f} M MACs; "
         f"supernets of {request['base']['shrink']['first_epochs']} epochs, networks trained alone for "
         f"{request['base']['retrain']['epochs']}. Differences from the base are over equal seeds, with a 95 % interval."
+        + (f" Tau of the base, a seed each: {', '.join(taus)}." if (taus := _base_taus(figures)) else "")
         + (f" Two trainings of the pool's networks with different seeds agree with tau {seeds}." if seeds else "")
         + (f" Their MACs rank them with tau {macs}." if macs else "")
     )
@@ -151,7 +152,17 @@ def _provenance(figures: Results) -> str:
 def _pool_tau(figures: Results, name: str) -> str:
     """Kendall's tau of two seeds of the pool, or of its MACs, with its interval."""
     pools = [part["pool"] for part in figures["cells"][REFERENCE_CELL]["seeds"].values() if part["pool"]]
-    agree = pools[0][name] if pools else None
+    return _with_interval(pools[0][name]) if pools else ""
+
+
+def _base_taus(figures: Results) -> list[str]:
+    """Kendall's tau of the base's recalibrated scores, for each seed with its interval."""
+    rankings = [part["ranking"] for part in figures["cells"][REFERENCE_CELL]["seeds"].values() if part["ranking"]]
+    return [text for ranking in rankings if (text := _with_interval(ranking["recalibrate"]))]
+
+
+def _with_interval(agree: dict[str, Any] | None) -> str:
+    """Tau of an agreement and its interval; nothing where there is none."""
     if not agree or agree["kendall_tau"] is None:
         return ""
     low, high = agree["kendall_tau_interval"]

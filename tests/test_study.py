@@ -24,7 +24,7 @@ from engine.subnet import Subnet
 from tests.engine.training_cases import tiny_config, tiny_space
 
 
-@pytest.mark.parametrize("preset", ["digits", "fashion-mnist"])
+@pytest.mark.parametrize("preset", ["digits", "fashion-mnist", "fashion-mnist-wide"])
 def test_all_cells_make_equally_many_passes_and_differ_from_the_base(preset):
     base = base_config(preset, None, None)
     configs = {cell.name: cell.config(base, seed=2) for cell in CELLS}
@@ -35,8 +35,9 @@ def test_all_cells_make_equally_many_passes_and_differ_from_the_base(preset):
     assert configs["shrinking"].shrink.step_epochs == (base.shrink.total_epochs // 2, base.shrink.total_epochs * 3 // 4)
 
 
-def test_the_fashion_mnist_space_searches_five_clusters_in_all_three_dimensions():
-    space = base_config("fashion-mnist", None, None).space
+@pytest.mark.parametrize("preset", ["fashion-mnist", "fashion-mnist-wide"])
+def test_the_fashion_mnist_spaces_search_five_clusters_in_all_three_dimensions(preset):
+    space = base_config(preset, None, None).space
     assert space.resolution == 32
     assert len(space.clusters) == 5
     assert all(len(c.channels) == len(c.kernels) == 3 and len(c.expansions) == 2 for c in space.clusters)
@@ -84,7 +85,8 @@ def test_without_torch_pruning_a_line_says_what_to_install(monkeypatch):
 
 
 def _part(top1: float, tau: float | None = None) -> dict:
-    ranking = {bn: {"kendall_tau": tau} for bn in ("running", "recalibrate")} if tau is not None else {}
+    agree = {"kendall_tau": tau, "kendall_tau_interval": [0, 1]}
+    ranking = dict.fromkeys(("running", "recalibrate"), agree) if tau is not None else {}
     return {
         "random_top1": {"running": [0.1], "recalibrate": [top1]}, "ranking": ranking,
         "best": {"top1": top1, "macs": 2e6}, "retrained_top1": top1, "training_s": 90, "probes": [],
@@ -130,6 +132,7 @@ def test_a_page_is_filled_between_its_marks(tmp_path):
     assert "old" not in text
     assert "Commit abc, 2026-01-02. Limit 2.00 M MACs" in text
     assert "different seeds agree with tau 0.50 (0.10 to 0.80)" in text
+    assert "Tau of the base, a seed each: 0.40 (0.00 to 1.00), 0.60 (0.00 to 1.00)." in text
     assert "MACs rank them with tau 0.25 (0.00 to 0.50)" in text
     assert (tmp_path / "networks.svg").is_file()
     assert len((tmp_path / "supernets.csv").read_text().splitlines()) == 5
