@@ -1,6 +1,6 @@
 """The table of a study: which supernets are trained, and what each changes against the base."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -47,18 +47,8 @@ def base_config(name: StudyPreset, epochs: int | None, retrain_epochs: int | Non
 
 def light_space(space: Space) -> Space:
     """Eight blocks in five clusters for 32x32 images, all dimensions searched; two fifths of the preset's MACs."""
-    return replace(
-        space,
-        tail_channels=256,
-        live=(),
-        clusters=(
-            searched_cluster(1, (16, 20, 24), 2),
-            searched_cluster(2, (24, 32, 40), 1),
-            searched_cluster(2, (40, 48, 56), 2),
-            searched_cluster(2, (56, 64, 80), 1),
-            searched_cluster(1, (80, 96, 112), 1),
-        ),
-    )
+    channels = ((16, 20, 24), (24, 32, 40), (40, 48, 56), (56, 64, 80), (80, 96, 112))
+    return _five_clusters(replace(space, tail_channels=256), channels)
 
 
 def wide_space(space: Space) -> Space:
@@ -66,19 +56,16 @@ def wide_space(space: Space) -> Space:
 
     A seventh of the preset's MACs: size matters more to accuracy, and trainings are short.
     """
-    return replace(
-        space,
-        stem_channels=8,
-        tail_channels=128,
-        live=(),
-        clusters=(
-            searched_cluster(1, (4, 8, 16), 2),
-            searched_cluster(2, (8, 12, 24), 1),
-            searched_cluster(2, (12, 24, 40), 2),
-            searched_cluster(2, (16, 32, 56), 1),
-            searched_cluster(1, (24, 48, 80), 1),
-        ),
-    )
+    channels = ((4, 8, 16), (8, 12, 24), (12, 24, 40), (16, 32, 56), (24, 48, 80))
+    return _five_clusters(replace(space, stem_channels=8, tail_channels=128), channels)
+
+
+def _five_clusters(space: Space, channels: Sequence[tuple[int, ...]]) -> Space:
+    """A space with the depth and strides of the study, and these options of channels in each cluster."""
+    depth_and_stride = ((1, 2), (2, 1), (2, 2), (2, 1), (1, 1))
+    pairs = zip(depth_and_stride, channels, strict=True)
+    clusters = tuple(searched_cluster(blocks, options, stride) for (blocks, stride), options in pairs)
+    return replace(space, clusters=clusters, live=())
 
 
 _SCALES: dict[StudyPreset, tuple[str, Callable[[Space], Space], int, int]] = {
