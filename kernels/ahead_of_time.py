@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from kernels.block import BlockShape
+from kernels.launch import CachedLaunches
 
 POINTER = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
@@ -55,43 +56,50 @@ class Resources:
 def recorded_launches(run: Callable[[], Any], *, execute: bool = False) -> list[Launch]:
     """Every launch that `run` makes, in order; the kernels run only with `execute`."""
     launches: list[Launch] = []
-    original = JITFunction.run
+    original = CachedLaunches.launch
 
-    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    def record(self: CachedLaunches, grid: tuple[int], *args: Any, **named: Any) -> None:
         if execute:
-            original(self, *args, grid=grid, warmup=warmup, **kwargs)
-        options: dict[str, int] = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
-        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        launches.append(Launch(self, tuple(grid), arguments, options))
+            original(self, grid, *args, **named)
+        options: dict[str, int] = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        arguments = dict(zip(self.fn.arg_names, args, strict=False)) | named
+        launches.append(Launch(self.fn, grid, arguments, options))
 
-    JITFunction.run = record
+    CachedLaunches.launch = record  # type: ignore[method-assign]
     try:
         run()
     finally:
-        JITFunction.run = original
+        CachedLaunches.launch = original  # type: ignore[method-assign]
     return launches
 
 
 def block_launches(shape: BlockShape, batch: int, size: int, dtype: torch.dtype, expand: bool = True) -> list[Launch]:
     """What a training step of one block launches; without `expand` its input is a raw convolution output."""
+    return recorded_launches(block_step(shape, batch, size, dtype, device="meta", expand=expand))
+
+
+def block_step(
+    shape: BlockShape, batch: int, size: int, dtype: torch.dtype, *, device: str, expand: bool = True
+) -> Callable[[], None]:
+    """A training step of one block over tensors of `device` that hold nothing: for its launches, not its values."""
     from kernels.triton_block import block_backward, block_forward
 
-    def meta(*dims: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(dims, device="meta", dtype=dtype)
+    def empty(*dims: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(dims, device=device, dtype=dtype)
 
-    x = meta(batch, size, size, shape.in_channels, dtype=dtype).permute(0, 3, 1, 2)
-    w1 = meta(shape.hidden, shape.in_channels) if expand else None
-    w2, w3 = meta(shape.hidden, 1, shape.kernel, shape.kernel), meta(shape.out_channels, shape.hidden)
+    x = empty(batch, size, size, shape.in_channels, dtype=dtype).permute(0, 3, 1, 2)
+    w1 = empty(shape.hidden, shape.in_channels) if expand else None
+    w2, w3 = empty(shape.hidden, 1, shape.kernel, shape.kernel), empty(shape.out_channels, shape.hidden)
     widths = (shape.hidden, shape.hidden, shape.out_channels)
-    affine = [meta(c) for c in widths for _ in range(2)]
-    running = [t for c in widths for t in (meta(c), meta(c), meta(1, dtype=torch.int64))]
+    affine = [empty(c) for c in widths for _ in range(2)]
+    running = [t for c in widths for t in (empty(c), empty(c), empty(1, dtype=torch.int64))]
     dims = [shape.in_channels, shape.hidden, shape.out_channels, shape.kernel, shape.stride]
 
     def step() -> None:
         z, *saved = block_forward(x, w1, w2, w3, affine, running, [0.1] * 3, [1e-5] * 3, dims, True)
         block_backward(torch.empty_like(z), x, w1, w2, w3, saved, 3, dims, True)
 
-    return recorded_launches(step)
+    return step
 
 
 def tail_launches(inputs: int, outputs: int, batch: int, size: int, dtype: torch.dtype) -> list[Launch]:

@@ -10,11 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import elementwise_config, multiprocessors
+from kernels.launch import CachedLaunches
 from kernels.triton_support import alignment, bn_backward, cdiv, int64, merge_tile, relu6, round_to
 
 # ---- statistics of a tensor that no kernel of ours produced (the stem's convolution)
 
 
+@CachedLaunches
 @triton.jit
 def statistics_kernel(
     y, partial, counts, M, C_units, rows_per_program,
@@ -64,6 +66,7 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
 # ---- finalize: partial statistics or running ones -> scale, shift, mean, rstd, and the new running statistics
 
 
+@CachedLaunches
 @triton.jit
 def finalize_kernel(
     partial, counts, gamma, beta, running_mean, running_var, batches, stats, P, C, M, momentum, eps,
@@ -138,6 +141,7 @@ def finalize(
 # ---- apply: the block's output, the one place where a normalised tensor is written
 
 
+@CachedLaunches
 @triton.jit
 def apply_kernel(
     y, stats, residual, z, M, C_units,
@@ -174,6 +178,7 @@ def apply(y: Tensor, stats: Tensor, z: Tensor, *, relu6: bool = False, residual:
 # ---- backward: sums of the gradient, finalize to the affine a, b, c, and its application where no kernel follows
 
 
+@CachedLaunches
 @triton.jit
 def gradient_sums_kernel(
     grad, y, stats, partial, M, C_units, rows_per_program,
@@ -224,6 +229,7 @@ def gradient_sums(grad: Tensor, y: Tensor, stats: Tensor, *, relu6: bool = False
     return partial
 
 
+@CachedLaunches
 @triton.jit
 def finalize_backward_kernel(
     partial, stats, coefficients, grad_gamma, grad_beta, P, C, M,
@@ -271,6 +277,7 @@ def finalize_backward(partial: Tensor, stats: Tensor, rows: int, training: bool)
     return coefficients, grad_gamma, grad_beta
 
 
+@CachedLaunches
 @triton.jit
 def apply_backward_kernel(
     grad, y, coefficients, out, M, C_units, ALIGN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr

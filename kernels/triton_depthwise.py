@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import DepthwiseConfig, depthwise_backward_config, depthwise_config
+from kernels.launch import CachedLaunches
 from kernels.triton_support import alignment, cdiv, relu6, round_to
 
 # ---- forward
@@ -62,6 +63,7 @@ def _normalised_row(
     return values
 
 
+@CachedLaunches
 @triton.jit
 def depthwise_forward_kernel(
     x, stats, w, out_scale, out_shift, y, partial, counts, N, H, W, HO, WO, C_units, images_per_segment,
@@ -266,6 +268,7 @@ def _gradient_columns(g_strip, y_strip, q, alive, qx0, HO, WO, C, COLUMNS: tl.co
     return grads, ys
 
 
+@CachedLaunches
 @triton.jit
 def depthwise_backward_kernel(
     grad, y, coefficients, x, stats, w, dx, partial, w_partial, N, H, W, HO, WO, C_units,

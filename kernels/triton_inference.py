@@ -12,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import multiprocessors, pointwise_config
+from kernels.launch import CachedLaunches
 from kernels.triton_depthwise import depthwise_forward, output_size
 from kernels.triton_pointwise import split_rows
 from kernels.triton_support import alignment, cdiv, dot, int64, relu6, round_to
 
 
+@CachedLaunches
 @triton.jit
 def pointwise_inference_kernel(
     x, w, scale, shift, residual, y, M, K_units, N_units, rows_per_segment, rows_per_program,

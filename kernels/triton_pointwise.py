@@ -20,12 +20,14 @@ from kernels.configs import (
     project_backward_config,
     weight_gradient_config,
 )  # fmt: skip
+from kernels.launch import CachedLaunches
 from kernels.triton_batch_norm import apply_backward
 from kernels.triton_support import alignment, bn_backward, cdiv, dot, int64, merge_tile, relu6, round_to
 
 # ---- forward
 
 
+@CachedLaunches
 @triton.jit
 def pointwise_forward_kernel(
     x, stats, w, y, partial, counts, M, K_units, N_units, w_stride_units, rows_per_program,
@@ -123,6 +125,7 @@ def pointwise_forward(
 # ---- backward of the projection: the wide tensor is its input, which is read once for both gradients
 
 
+@CachedLaunches
 @triton.jit
 def project_backward_kernel(
     grad, y3, coefficients, w, y2, stats, dz2, partial, w_partial, M, OUT_units, H_units, w_stride_units,
@@ -232,6 +235,7 @@ def project_backward(
 # ---- backward of the expansion: the wide tensors are its output and the gradient there
 
 
+@CachedLaunches
 @triton.jit
 def expand_backward_kernel(
     grad, y1, coefficients, w, x, shortcut, dx, w_partial, M, H_units, IN_units, w_stride_units, rows_per_program,
@@ -289,6 +293,7 @@ def expand_backward_kernel(
         tl.store(at, w_grads[t], mask=(channel < H)[:, None] & (i < IN)[None, :])
 
 
+@CachedLaunches
 @triton.jit
 def input_gradient_kernel(
     grad, y, stats, coefficients, w, shortcut, dx, M, H_units, IN_units, w_stride_units,
@@ -334,6 +339,7 @@ def input_gradient_kernel(
     tl.store(dx + narrow, round_to(out, dtype), mask=narrow_mask)
 
 
+@CachedLaunches
 @triton.jit
 def weight_gradient_kernel(
     grad, y, stats, coefficients, x, w_partial, M, H_units, IN_units, rows_per_program,

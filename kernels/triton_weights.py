@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.block import BlockShape, BlockWeights
+from kernels.launch import CachedLaunches
 from kernels.triton_support import cdiv, round_to
 
 BLOCK = 1024
@@ -24,6 +25,7 @@ def _copy_slice(source, target, block, rows, cols, stride, BLOCK: tl.constexpr):
     tl.store(target + e, round_to(value, target.dtype.element_ty), mask=mask)
 
 
+@CachedLaunches
 @triton.jit
 def prepare_weights_kernel(
     expand, depthwise, project, expand_out, taps, project_out, blocks_1, blocks_3,
@@ -89,6 +91,7 @@ def _reduce_pointwise(
     tl.store(out + e, tl.sum(total, 0), mask=row < full_rows)
 
 
+@CachedLaunches
 @triton.jit
 def reduce_gradients_kernel(
     expand_partial, taps_partial, project_partial, expand, depthwise, project, blocks_1, blocks_3,
@@ -144,6 +147,7 @@ def reduce_gradients(
     return expand, depthwise, project
 
 
+@CachedLaunches
 @triton.jit
 def _reduce_one_kernel(partial, out, programs, rows, cols, full_rows, full_cols, BP: tl.constexpr, BE: tl.constexpr):
     _reduce_pointwise(partial, out, tl.program_id(0), programs, rows, cols, full_rows, full_cols, BP, BE)
