@@ -90,6 +90,7 @@ class ChunkCounter:
         self.chunk = chunk
         """Most images of one pass; halved when memory runs out."""
         self.advance = advance
+        self._runner = TreeRunner(tree, layers, memory, dtype)
 
     def count(self, bounds: tuple[int, int]) -> Counts:
         """The counts on images start..stop-1. Out of memory, the chunk is halved and the work goes on.
@@ -117,6 +118,7 @@ class ChunkCounter:
             )
         self.chunk = images // 2
         self.memory = self.memory.halved()
+        self._runner = TreeRunner(self.tree, self.layers, self.memory, self.dtype)
         if self.data.labels.is_cuda:
             torch.cuda.empty_cache()
 
@@ -125,7 +127,7 @@ class ChunkCounter:
         counts = Counts.zeros(len(self.tree.leaves), stop - start)
         done = 0
         try:
-            for leaves, logits in TreeRunner(self.tree, self.layers, self.memory, self.dtype).run(images):
+            for leaves, logits in self._runner.run(images):
                 counts.record([self.tree.leaves[leaf] for leaf in leaves], logits, labels)
                 done += len(leaves) * len(labels)
                 self.advance(len(leaves) * len(labels))

@@ -133,7 +133,7 @@ class FoldedLayers:
                     weights = sliced_weights(self.supernet.block_weights(i, step.operation), shape)
                     norms = [fold_norm(norm) for norm in self.supernet.block_norms(i, step.operation)]
                     self._blocks[i, step] = fold_block(weights, norms, shape, level.in_size, self.dtype)
-        for width in tree.final_widths() - self._tails.keys():
+        for width in tree.final_widths().keys() - self._tails.keys():
             norm = fold_norm(self.supernet.tail_norm(width))
             self._tails[width] = fold(self.supernet.tail_weight[:, :width], norm, self.dtype)
 
@@ -141,6 +141,6 @@ class FoldedLayers:
         """One step for a batch of nodes: x [nodes * n, in, H, W] -> [nodes * n, out, H', W']."""
         return self._blocks[level, step](x)
 
-    def tail(self, width: int, leaves: Sequence[int], x: Tensor) -> Tensor:
+    def tail(self, width: int, leaves: range, x: Tensor) -> Tensor:
         """The leaves' outputs x [leaves * n, width, H, W] -> logits [leaves * n, classes]."""
         return self.classify(folded_pointwise(x, *self._tails[width], relu6=True))

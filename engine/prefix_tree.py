@@ -9,7 +9,7 @@ This module needs no torch.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ class PrefixTree:
     """The tree of different architectures of one space.
 
     `levels[i]` are the nodes of block i; leaf n of the last level is the architecture `leaves[n]`, a position in the
-    sequence that was given.
+    sequence that was given. `tail_positions[n]` leaves of the same width come before leaf n.
     """
 
     def __init__(self, space: Space, archs: Sequence[Arch], resolution: int) -> None:
@@ -79,6 +79,7 @@ class PrefixTree:
                 nodes.append(nodes[-1] + (not same))
             node_of.append(nodes)
         self.levels = tuple(self._level(i, node_of, ordered, dims) for i in range(space.num_blocks))
+        self.tail_positions = _earlier_equals(self._leaf_widths())
 
     def _level(self, i: int, node_of: list[list[int]], ordered: list[Arch], dims: list[tuple[BlockDims, ...]]) -> Level:
         firsts = _first_positions(node_of[i])
@@ -99,9 +100,12 @@ class PrefixTree:
             size = -(-size // self.space.block_stride(i))
         return size
 
-    def final_widths(self) -> set[int]:
-        """The channel numbers that reach the tail."""
-        return {step.dims.out_channels for step in self.levels[-1].steps}
+    def final_widths(self) -> Counter[int]:
+        """The channel numbers that reach the tail, each from how many leaves."""
+        return Counter(self._leaf_widths())
+
+    def _leaf_widths(self) -> list[int]:
+        return [step.dims.out_channels for step in self.levels[-1].steps]
 
 
 def _first_positions(nodes: list[int]) -> list[int]:
@@ -109,11 +113,11 @@ def _first_positions(nodes: list[int]) -> list[int]:
     return [a for a in range(len(nodes)) if a == 0 or nodes[a] != nodes[a - 1]]
 
 
-def _earlier_equals(steps: Sequence[Step]) -> tuple[int, ...]:
-    """For each step, how many equal ones stand before it."""
-    seen: Counter[Step] = Counter()
+def _earlier_equals(values: Sequence[Hashable]) -> tuple[int, ...]:
+    """For each value, how many equal ones stand before it."""
+    seen: Counter[Hashable] = Counter()
     positions = []
-    for step in steps:
-        positions.append(seen[step])
-        seen[step] += 1
+    for value in values:
+        positions.append(seen[value])
+        seen[value] += 1
     return tuple(positions)

@@ -59,7 +59,7 @@ class TreeStatistics:
     blocks: dict[tuple[int, Step], list[Moments]] = field(default_factory=dict)
     """Per level and step, after expand, depthwise and project; a row per node of that step."""
     tails: dict[int, Moments] = field(default_factory=dict)
-    """Per width, a row per leaf of the tree."""
+    """Per width, a row per leaf of that width."""
 
     @classmethod
     def zeros(cls, supernet: Supernet, tree: PrefixTree, batches: int) -> "TreeStatistics":
@@ -70,8 +70,7 @@ class TreeStatistics:
             for step, nodes in level.step_counts().items():
                 norms = supernet.block_norms(i, step.operation)
                 statistics.blocks[i, step] = [Moments.zeros(nodes, norm) for norm in norms]
-        leaves = len(tree.levels[-1])
-        for width in tree.final_widths():
+        for width, leaves in tree.final_widths().items():
             statistics.tails[width] = Moments.zeros(leaves, supernet.tail_norm(width))
         return statistics
 
@@ -119,7 +118,7 @@ class StatisticsLayers:
         y = self._normalize(y, norms[0], expand, nodes, relu6=True)
         return self._depthwise_project(x, y, weights, norms, shape, others, nodes)
 
-    def tail(self, width: int, leaves: Sequence[int], x: Tensor) -> Tensor:
+    def tail(self, width: int, leaves: range, x: Tensor) -> Tensor:
         """Statistics after the tail's convolution; no logits are needed: returns [leaves * n, 0]."""
         y = self._pointwise(x, self.supernet.tail_weight[:, :width])
         self._normalize(y, self.supernet.tail_norm(width), self.statistics.tails[width], leaves, relu6=True)
@@ -152,7 +151,7 @@ class StatisticsLayers:
         y: Tensor,
         norm: nn.BatchNorm2d | None,
         moments: Moments,
-        nodes: range | Sequence[int],
+        nodes: range,
         *,
         relu6: bool,
         residual: Tensor | None = None,
@@ -161,10 +160,10 @@ class StatisticsLayers:
         assert norm is not None
         mean, var = segment_statistics(y, len(nodes))
         values = y.numel() // (len(nodes) * y.shape[1])
-        rows = torch.as_tensor(list(nodes), device=y.device)
+        rows = slice(nodes.start, nodes.stop)
         with self._adding:
-            moments.mean.index_add_(0, rows, mean.double())
-            moments.var.index_add_(0, rows, (var * (values / (values - 1))).double())
+            moments.mean[rows] += mean.double()
+            moments.var[rows] += (var * (values / (values - 1))).double()
         return segment_affine_(y, *scale_and_shift(norm, mean, var), relu6=relu6, residual=residual)
 
 
@@ -198,10 +197,10 @@ class RecalibratedLayers:
         """One step for a batch of nodes: x [nodes * n, in, H, W] -> [nodes * n, out, H', W']."""
         return self._blocks[level][step](x, nodes)
 
-    def tail(self, width: int, leaves: Sequence[int], x: Tensor) -> Tensor:
+    def tail(self, width: int, leaves: range, x: Tensor) -> Tensor:
         """The leaves' outputs x [leaves * n, width, H, W] -> logits [leaves * n, classes]."""
         scale, shift = self._tails[width]
-        rows = list(leaves)
+        rows = slice(leaves.start, leaves.stop)
         weight = self._tail_weight[:, :width]
         return self.classify(segmented_pointwise(x, weight, scale[rows], shift[rows], relu6=True))
 

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from engine.memory import Memory
 from engine.prefix_tree import PrefixTree, Step
+from kernels import graphs
+from kernels.inference import chosen_backend
 
 
 class Layers(Protocol):
-    """What the nodes compute. `nodes` are positions among the nodes of the same step on the same level."""
+    """What the nodes compute. `nodes` are positions among the nodes of the same step on the same level, `leaves` among
+    the leaves of the same width."""
 
     whole_batches: bool
     """Whether a node's images must be computed in one piece, because they are normalised together."""
@@ -29,7 +32,7 @@ class Layers(Protocol):
         """One step for a batch of nodes: x [nodes * n, in, H, W] -> [nodes * n, out, H', W']."""
         ...
 
-    def tail(self, width: int, leaves: Sequence[int], x: Tensor) -> Tensor:
+    def tail(self, width: int, leaves: range, x: Tensor) -> Tensor:
         """The leaves' outputs x [leaves * n, width, H, W] -> logits [leaves * n, classes]."""
         ...
 
@@ -54,10 +57,29 @@ class TreeRunner:
             for level in tree.levels
         ]
         """Per level, the largest output of a node for one image."""
+        self.replays = graphs.Replays(lambda images: [scores.logits for scores in self._launched(images)])
 
     @torch.inference_mode()
     def run(self, images: Tensor) -> Iterator[LeafScores]:
-        """Images [n, 3, H, W], channels_last, normalised -> the logits of all leaves, in order, range by range."""
+        """Images [n, 3, H, W], channels_last, normalised -> the logits of all leaves, in order, range by range.
+
+        With CUDA graphs they are buffers that the next pass overwrites. Raises RuntimeError where graphs are switched
+        on and cannot run.
+        """
+        graphs.check(images, chosen_backend(images))
+        if graphs.enabled() and self._logits_fit(len(images)):
+            start = 0
+            for logits in self.replays(images):
+                yield LeafScores(range(start, start + len(logits)), logits)
+                start += len(logits)
+        else:
+            yield from self._launched(images)
+
+    def _logits_fit(self, images: int) -> bool:
+        """Whether the logits of all leaves, which a replay leaves at once, fit in the workspace."""
+        return len(self.tree.leaves) * images * self.tree.space.classes * self.itemsize <= self.memory.workspace
+
+    def _launched(self, images: Tensor) -> Iterator[LeafScores]:
         x = self.layers.stem(images)
         roots = len(self.tree.levels[0])
         yield from self._descend(0, range(roots), [x], 0, self.memory.activations)
@@ -113,9 +135,10 @@ class TreeRunner:
             by_width.setdefault(last.steps[leaf].dims.out_channels, []).append(leaf)
         for width, members in by_width.items():
             per_image = (width + self.tree.space.tail_channels) * last.out_size**2 * self.itemsize
+            first = self.tree.tail_positions[members[0]]
 
-            def run_tail(batch: range, x: Tensor, width: int = width, members: Sequence[int] = members) -> Tensor:
-                return self.layers.tail(width, members[batch.start : batch.stop], x)
+            def run_tail(batch: range, x: Tensor, width: int = width, first: int = first) -> Tensor:
+                return self.layers.tail(width, range(first + batch.start, first + batch.stop), x)
 
             parts = [outputs[leaf - leaves.start] for leaf in members]
             computed = self._in_batches(run_tail, parts, bytes_per_image=per_image)

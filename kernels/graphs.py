@@ -1,9 +1,12 @@
-"""CUDA graphs of a training step: two replays a block, or tail, instead of about twenty launches from Python.
+"""CUDA graphs: a replay in place of the launches from Python, about twenty for a block that trains.
 
 Off by default; `set_cuda_graphs(True)` or BSNAS_CUDA_GRAPHS=1 is the one switch, and results are the same bit for bit.
-Every operation that trains gets a graph of its forward and one of its backward, captured at its first use over buffers
-that it keeps: the input, everything that forward saves, the gradients. They take as much memory as the operation's own
-step, so operations are captured until less than MEMORY_KEPT_FREE of the GPU is free; the others are launched as before.
+
+Evaluation is captured as a whole pass over a batch (`Replays`), which needs no copies between operations. In training
+the path changes with every step, so every operation that trains gets a graph of its forward and one of its backward,
+captured at its first use over buffers that it keeps: the input, everything that forward saves, the gradients. They take
+as much memory as the operation's own step, so operations are captured until less than MEMORY_KEPT_FREE of the GPU is
+free; the others are launched as before.
 
 An output lives in such a buffer until the operation's next forward. While a forward waits for its backward, the same
 operation runs without its graph.
@@ -38,7 +41,7 @@ def switched_on() -> bool:
 
 
 def why_not(x: Tensor, backend: str) -> str | None:
-    """Why a backend's training step on x cannot be captured, or None when it can."""
+    """Why what a backend computes on x cannot be captured, or None when it can."""
     if not x.is_cuda:
         return f"they need an NVIDIA GPU and the tensor is on {x.device.type}"
     return None if backend == "triton" else f"they record the Triton kernels and the backend is {backend!r}"
@@ -79,9 +82,41 @@ def capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[],
 
 
 def memory_left() -> bool:
-    """Whether there is memory for another operation's buffers."""
+    """Whether there is memory for the buffers of another capture, which cannot use what torch has cached."""
     free, total = torch.cuda.mem_get_info()
     return free > MEMORY_KEPT_FREE * total
+
+
+class Replays:
+    """A function of one tensor, without gradients, that is captured for every shape that comes again.
+
+    The first call of a shape launches, which compiles and loads kernels as a capture must not; where memory is short,
+    so do all others. Results lie in buffers that the next call overwrites.
+    """
+
+    def __init__(self, run: Callable[[Tensor], list[Tensor]]) -> None:
+        self._run = run
+        self._captured: dict[Hashable, tuple[Tensor, list[Tensor], Callable[[], None]] | None] = {}
+        """Per shape the input's buffer, the results and the replay; None after the first call."""
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        key = (x.shape, x.stride(), x.dtype, x.device)
+        if key not in self._captured:
+            self._captured[key] = None
+            return self._run(x)
+        captured = self._captured[key]
+        if captured is None:
+            if not memory_left():
+                return self._run(x)
+            given = torch.empty_like(x)
+            captured = self._captured[key] = (given, *capture(lambda: self._run(given)))
+        given, results, replay = captured
+        given.copy_(x)
+        replay()
+        return results
+
+    def __len__(self) -> int:
+        return sum(captured is not None for captured in self._captured.values())
 
 
 class Captured:

@@ -141,12 +141,17 @@ class Reference:
         return segment_affine_(y, scale, shift, relu6=relu6)
 
 
-def _backend(name: str | None, x: Tensor) -> Any:
-    """The backend of that name, or the forced one, or the fastest for the tensor. `RuntimeError` when it cannot run."""
+def chosen_backend(x: Tensor, name: str | None = None) -> str:
+    """The name given, or the forced one, or the fastest for the tensor. Raises RuntimeError when it cannot run."""
     name = name or forced_backend() or _fastest(x)
     reason = why_not(name, x)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run: {reason}; use 'reference', or force none")
+    return name
+
+
+def _backend(name: str | None, x: Tensor) -> Any:
+    name = chosen_backend(x, name)
     if name == "triton":
         from kernels.triton_inference import Triton
 

@@ -16,6 +16,7 @@ from engine.recalibration import StatisticsLayers
 from engine.sampling import fair_archs
 from engine.space import Arch, Space
 from engine.tree_runner import TreeRunner
+from kernels import graphs
 from tests.engine.evaluation_cases import (
     counts,
     loop_logits,
@@ -125,6 +126,71 @@ def test_out_of_memory_takes_smaller_pieces_and_goes_on(nested, bn, monkeypatch)
         evaluator().evaluate(archs)
 
 
+@pytest.fixture
+def replays(monkeypatch) -> list[int]:
+    """Graphs turned on; grows with each replay. Without a GPU a replay calls what was captured."""
+    replayed = []
+
+    def capture(run):
+        results = []
+
+        def replay() -> None:
+            computed = run()
+            replayed.append(1)
+            if not results:  # a real capture computes nothing, and neither does this one before its first replay
+                results.extend(computed)
+            for result, value in zip(results, computed, strict=True):
+                result.copy_(value)
+
+        return results, replay
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "memory_left", lambda: True)
+    monkeypatch.setattr(graphs, "why_not", lambda x, backend: None)
+    monkeypatch.setattr(graphs, "_switch", True)
+    for module in (evaluate, rounds):
+        monkeypatch.setattr(module, "worker_count", lambda device: 1)  # as on a GPU
+    return replayed
+
+
+@pytest.mark.parametrize("bn", ["running", "recalibrate"])
+def test_graphs_score_as_launches_do(nested, bn, replays, monkeypatch):
+    """Passes of scoring, and of recalibration, whose replays must add up statistics as launches do."""
+    monkeypatch.setattr(rounds, "RECALIBRATION_BATCH", 16)
+    data, training, archs = random_images(90), random_images(80, seed=1), archs_of(SPACES["full"])
+
+    def scores(on: bool) -> list[Score]:
+        monkeypatch.setattr(graphs, "_switch", on)
+        evaluator = Evaluator(nested, data, bn=bn, recalibration=training)
+        evaluator.memory = replace(evaluator.memory, max_chunk=16)
+        return evaluator.evaluate(archs)
+
+    expected = scores(False)
+    assert not replays
+    assert scores(True) == expected
+    assert len(replays) == (5 if bn == "running" else 9), "all chunks of 15 images and batches of 16 but the first"
+
+
+def test_passes_whose_logits_are_too_many_are_launched(nested, replays):
+    evaluator, archs = Evaluator(nested, random_images(16)), archs_of(SPACES["full"])
+    tree = PrefixTree(SPACES["full"], archs, 16)
+    layers = FoldedLayers(nested, 16, torch.float32)
+    layers.prepare(tree)
+    needed = len(archs) * 16 * SPACES["full"].classes * 4
+    for workspace, expected in ((needed, 2), (needed - 1, 0)):
+        runner = TreeRunner(tree, layers, replace(evaluator.memory, workspace=workspace), torch.float32)
+        replays.clear()
+        for _ in range(3):
+            list(runner.run(evaluator.data.normalized(0, 16, torch.float32)))
+        assert len(replays) == expected
+
+
+def test_graphs_that_cannot_run_say_why(nested, monkeypatch):
+    monkeypatch.setattr(graphs, "_switch", True)
+    with pytest.raises(RuntimeError, match="CUDA graphs cannot run: they need an NVIDIA GPU"):
+        Evaluator(nested, random_images(4)).evaluate(archs_of(SPACES["full"], count=3))
+
+
 def test_other_errors_are_not_taken_for_memory(nested, monkeypatch):
     def broken(self, level, step, nodes, x):
         raise RuntimeError("expected 3 channels")
@@ -204,6 +270,22 @@ def test_architectures_outside_the_space_and_empty_sets_are_refused(nested):
 def test_progress_is_silent_without_a_terminal(nested, capfd):
     Evaluator(nested, random_images(8), progress=True).evaluate(archs_of(SPACES["full"], count=3))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("bn", ["running", "recalibrate"])
+def test_real_graphs_score_as_launches_do(bn, monkeypatch):
+    monkeypatch.setattr(rounds, "RECALIBRATION_BATCH", 16)
+    supernet = trained_like_supernet(SPACES["full"]).to("cuda")
+    data, training, archs = random_images(90), random_images(80, seed=1), archs_of(SPACES["full"])
+    scores = []
+    for on in (False, True):
+        monkeypatch.setattr(graphs, "_switch", on)
+        evaluator = Evaluator(supernet, data, device="cuda", bn=bn, recalibration=training)
+        evaluator.memory = replace(evaluator.memory, max_chunk=16)
+        scores.append(evaluator.evaluate(archs))
+    assert scores[0] == scores[1]
 
 
 @pytest.mark.gpu
