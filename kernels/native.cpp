@@ -11,6 +11,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -20,7 +24,7 @@ constexpr int kVectorBytes = 32;
 #endif
 
 constexpr int kPixels = 4;   // outputs of a row computed together: 4 x 2 accumulators, 2 weights, in 16 registers
-constexpr int kGroups = 32;  // the images are split into so many tasks at most, each with its own weight gradient
+constexpr int kGroups = 32;  // the images are split into so many tasks at most, each with its own sums
 
 template <class T>
 struct Vector {
@@ -44,30 +48,72 @@ inline void store(T* p, Vec<T> v) {
     std::memcpy(p, &v, sizeof v);
 }
 
+// The first `count` lanes, any number, of which none is above the vector's own: the others read as zero and are not
+// written. Masked instructions where the processor has them: a copy of a few bytes costs several times as much.
+#if defined(__AVX512F__)
+inline Vec<float> load_some(const float* p, int count) {
+    return Vec<float>(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
+}
+inline Vec<double> load_some(const double* p, int count) {
+    return Vec<double>(_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p));
+}
+inline void store_some(float* p, Vec<float> v, int count) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(v));
+}
+inline void store_some(double* p, Vec<double> v, int count) {
+    _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), __m512d(v));
+}
+#elif defined(__AVX2__)
+inline __m256i lanes_before(const float*, int count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i lanes_before(const double*, int count) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+inline Vec<float> load_some(const float* p, int count) {
+    return Vec<float>(_mm256_maskload_ps(p, lanes_before(p, count)));
+}
+inline Vec<double> load_some(const double* p, int count) {
+    return Vec<double>(_mm256_maskload_pd(p, lanes_before(p, count)));
+}
+inline void store_some(float* p, Vec<float> v, int count) {
+    _mm256_maskstore_ps(p, lanes_before(p, count), __m256(v));
+}
+inline void store_some(double* p, Vec<double> v, int count) {
+    _mm256_maskstore_pd(p, lanes_before(p, count), __m256d(v));
+}
+#else
+template <class T>
+inline Vec<T> load_some(const T* p, int count) {
+    Vec<T> v{};
+    std::memcpy(&v, p, count * sizeof(T));
+    return v;
+}
+template <class T>
+inline void store_some(T* p, Vec<T> v, int count) {
+    std::memcpy(p, &v, count * sizeof(T));
+}
+#endif
+
 // Two vectors of which the first `valid` lanes are meant; the others read as zero and are not written.
 template <class T>
 struct Pair {
+    static constexpr int lanes = Vector<T>::lanes;
     Vec<T> a, b;
 
     static Pair zero() { return {Vec<T>{}, Vec<T>{}}; }
     static Pair read(const T* p, int valid) {
-        constexpr int lanes = Vector<T>::lanes;
         if (valid == 2 * lanes) return {load(p), load(p + lanes)};
-        T padded[2 * lanes] = {};
-        std::memcpy(padded, p, valid * sizeof(T));
-        return {load(padded), load(padded + lanes)};
+        return {load_some(p, std::min(valid, lanes)), load_some(p + lanes, std::max(valid - lanes, 0))};
     }
     void write(T* p, int valid) const {
-        constexpr int lanes = Vector<T>::lanes;
         if (valid == 2 * lanes) {
             store(p, a);
             store(p + lanes, b);
             return;
         }
-        T padded[2 * lanes];
-        store(padded, a);
-        store(padded + lanes, b);
-        std::memcpy(p, padded, valid * sizeof(T));
+        store_some(p, a, std::min(valid, lanes));
+        store_some(p + lanes, b, std::max(valid - lanes, 0));
     }
 };
 
@@ -116,6 +162,13 @@ struct Affine {
     }
     Pair<T> operator()(Pair<T> y) const { return y * scale + shift; }
 };
+
+// Fetch an image into the second-level cache, in its own order: the loops below take it a channel block at a time, in
+// steps that hardware does not foresee. A third less time for a depthwise backward pass (EPYC, Zen 5).
+template <class T>
+inline void prefetch(const T* image, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(image + i, 0, 2);
+}
 
 template <class T, class Function>
 inline void for_channel_blocks(int64_t channels, Function function) {
@@ -166,13 +219,14 @@ struct Plane {  // one image and channel block with a margin of zeros
     T* at(int64_t row, int64_t column) { return data.data() + (row * columns + column) * Vector<T>::block; }
 };
 
-// [C, K, K] -> [K * K, block] of one channel block.
+// [C, K, K] -> [blocks, K * K, block]: the taps of a channel block side by side.
 template <class T>
-void pack_taps(const T* weight, int taps, int64_t channel, int valid, T* packed) {
+std::vector<T> packed_taps(const T* weight, int taps, int64_t channels) {
     constexpr int block = Vector<T>::block;
-    std::fill(packed, packed + taps * block, T(0));
-    for (int c = 0; c < valid; ++c)
-        for (int t = 0; t < taps; ++t) packed[t * block + c] = weight[(channel + c) * taps + t];
+    std::vector<T> packed((channels + block - 1) / block * taps * block);
+    for (int64_t c = 0; c < channels; ++c)
+        for (int t = 0; t < taps; ++t) packed[(c / block * taps + t) * block + c % block] = weight[c * taps + t];
+    return packed;
 }
 
 template <class T, int K>
@@ -214,16 +268,18 @@ void depthwise_forward(const Shape& s, const T* x, const T* scale, const T* shif
     constexpr int block = Vector<T>::block;
     const int64_t out_h = s.out_height(), out_w = s.out_width();
     const int64_t columns = std::max(s.width + K - 1, ((out_w + kPixels - 1) / kPixels * kPixels - 1) * S + K);
+    const int64_t in_size = s.height * s.width * s.channels;
+    const std::vector<T> packed = packed_taps(weight, K * K, s.channels);
 #pragma omp parallel num_threads(threads)
     {
         Plane<T> plane(s.height + K - 1 + S, columns);
-        T taps[K * K * block];
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < s.images; ++n)
+        for (int64_t n = 0; n < s.images; ++n) {
+            prefetch(x + n * in_size, in_size);
             for_channel_blocks<T>(s.channels, [&](int64_t channel, int valid) {
                 const Affine<T> norm(scale, shift, channel, valid);
-                load_input<T, K>(s, x + n * s.height * s.width * s.channels, channel, valid, norm, plane);
-                pack_taps(weight, K * K, channel, valid, taps);
+                const T* taps = &packed[channel * K * K];
+                load_input<T, K>(s, x + n * in_size, channel, valid, norm, plane);
                 T* out = y + n * out_h * out_w * s.channels + channel;
                 Moments<T> moments;
                 for (int64_t h = 0; h < out_h; ++h)
@@ -245,6 +301,7 @@ void depthwise_forward(const Shape& s, const T* x, const T* scale, const T* shif
                 if (mean != nullptr)
                     moments.write(mean + n * s.channels + channel, m2 + n * s.channels + channel, out_h * out_w, valid);
             });
+        }
     }
 }
 
@@ -333,18 +390,23 @@ struct Backward {
 template <class T, int K, int S>
 void depthwise_backward(const Shape& s, const Backward<T>& t, int threads) {
     constexpr int block = Vector<T>::block, taps_size = K * K * block;
-    const int64_t groups = std::min<int64_t>(kGroups, s.images), blocks = (s.channels + block - 1) / block;
+    // No more weight gradients than there are pixels to add up, but tasks enough for some cores.
+    const int64_t most = std::clamp<int64_t>(s.images * s.height * s.width / (K * K), 8, kGroups);
+    const int64_t groups = std::min(most, s.images), blocks = (s.channels + block - 1) / block;
     const int64_t in_size = s.height * s.width * s.channels, out_size = s.out_height() * s.out_width() * s.channels;
+    const std::vector<T> packed = packed_taps(t.weight, K * K, s.channels);
     std::vector<T> partial(groups * blocks * taps_size);
     std::vector<double> sums(groups * 2 * s.channels);
     const int64_t columns = (s.width + kPixels - 1) / kPixels * kPixels + K - 1 + S;
 #pragma omp parallel num_threads(threads)
     {
         Plane<T> input(s.height + K - 1 + S, s.width + K - 1 + S), gradient(s.out_height(), columns);
-        T taps[taps_size];
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < groups; ++group)
-            for (int64_t n = group * s.images / groups; n < (group + 1) * s.images / groups; ++n)
+            for (int64_t n = group * s.images / groups; n < (group + 1) * s.images / groups; ++n) {
+                prefetch(t.x + n * in_size, in_size);
+                prefetch(t.dz + n * out_size, out_size);
+                prefetch(t.y + n * out_size, out_size);
                 for_channel_blocks<T>(s.channels, [&](int64_t channel, int valid) {
                     const Affine<T> in_norm(t.x_scale, t.x_shift, channel, valid);
                     const Affine<T> out_norm(t.y_scale, t.y_shift, channel, valid);
@@ -352,24 +414,28 @@ void depthwise_backward(const Shape& s, const Backward<T>& t, int threads) {
                     for (int i = 0; i < 3; ++i)
                         coefficients[i] = Pair<T>::read(t.coefficients + i * s.channels + channel, valid);
                     const Pair<T> mean = in_norm.given ? Pair<T>::read(t.x_mean + channel, valid) : Pair<T>::zero();
-                    pack_taps(t.weight, K * K, channel, valid, taps);
                     load_input<T, K>(s, t.x + n * in_size, channel, valid, in_norm, input);
                     load_gradient<T, K, S>(s, t.dz + n * out_size, t.y + n * out_size, channel, valid, out_norm,
                                            coefficients, gradient);
                     add_weight_gradient<T, K, S>(s, input, gradient,
                                                  &partial[(group * blocks + channel / block) * taps_size]);
                     double* sum = &sums[group * 2 * s.channels + channel];
-                    input_gradient<T, K, S>(s, t.x + n * in_size, channel, valid, in_norm, mean, taps, gradient,
-                                            t.dx + n * in_size, sum, sum + s.channels);
+                    input_gradient<T, K, S>(s, t.x + n * in_size, channel, valid, in_norm, mean,
+                                            &packed[channel * K * K], gradient, t.dx + n * in_size, sum,
+                                            sum + s.channels);
                 });
+            }
+#pragma omp for schedule(static)
+        for (int64_t at = 0; at < blocks * K * K; ++at) {
+            double total[block] = {};
+            for (int64_t group = 0; group < groups; ++group)
+                for (int i = 0; i < block; ++i) total[i] += partial[(group * blocks * K * K + at) * block + i];
+            const int64_t channel = at / (K * K) * block, tap = at % (K * K);
+            for (int i = 0; i < block && channel + i < s.channels; ++i)
+                t.d_weight[(channel + i) * K * K + tap] = T(total[i]);
+        }
 #pragma omp for schedule(static)
         for (int64_t channel = 0; channel < s.channels; ++channel) {
-            for (int tap = 0; tap < K * K; ++tap) {
-                double total = 0;
-                for (int64_t group = 0; group < groups; ++group)
-                    total += partial[((group * blocks + channel / block) * K * K + tap) * block + channel % block];
-                t.d_weight[channel * K * K + tap] = T(total);
-            }
             t.sum[channel] = t.product[channel] = 0;
             for (int64_t group = 0; group < groups; ++group) {
                 t.sum[channel] += sums[group * 2 * s.channels + channel];
