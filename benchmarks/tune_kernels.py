@@ -187,7 +187,9 @@ def rule(case: Case) -> PointwiseConfig | DepthwiseConfig | None:
         return configs.depthwise_rule(case.kernel, case.stride, output_size(case.size, case.stride))
     if case.operation == "depthwise_backward":
         return configs.depthwise_backward_rule(case.kernel, case.stride, case.size)
-    return configs.pointwise_rule(case.operation, case.rows < 256 * 132, False, case.inner, case.outer)
+    gpu = configs.gpu_of(torch.device("cuda" if torch.cuda.is_available() else "meta"))
+    small = case.rows < 256 * gpu.multiprocessors
+    return configs.pointwise_rule(case.operation, small, False, case.inner, case.outer, gpu.before_hopper)
 
 
 def _compile(case: Case, config: PointwiseConfig | DepthwiseConfig, capability: int) -> str | None:
@@ -240,7 +242,7 @@ def main() -> None:
                 broken.add(key)
     print(f"compiled, {len(broken)} dropped, {deadline - time.monotonic():.0f} s left", flush=True)
 
-    path = args.output / f"{configs.gpu_name(device)}.json"
+    path = args.output / f"{configs.gpu_of(device).name}.json"
     table: dict[str, dict[str, list[int] | None]] = json.loads(path.read_text()) if path.exists() else {}
     log = []
     best_ms: dict[tuple[str, str], float] = {}

@@ -119,6 +119,33 @@ def tail_launches(inputs: int, outputs: int, batch: int, size: int, dtype: torch
     return recorded_launches(step)
 
 
+def inference_launches(shape: BlockShape, batch: int, size: int, dtype: torch.dtype, segments: int) -> list[Launch]:
+    """What scoring a block launches: folded for no segments, else with the scale and shift of each."""
+    from kernels.triton_inference import Triton
+
+    def meta(*dims: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(dims, device="meta", dtype=dtype)
+
+    def vectors(channels: int) -> tuple[torch.Tensor, ...]:
+        if not segments:
+            return (meta(channels),)
+        return meta(segments, channels, dtype=torch.float32), meta(segments, channels, dtype=torch.float32)
+
+    x = meta(batch, size, size, shape.in_channels).permute(0, 3, 1, 2)
+    taps = meta(shape.hidden, 1, shape.kernel, shape.kernel)
+    expand, project = meta(shape.hidden, shape.in_channels), meta(shape.out_channels, shape.hidden)
+    pointwise = Triton.segmented_pointwise if segments else Triton.folded_pointwise
+    depthwise = Triton.segmented_depthwise if segments else Triton.folded_depthwise
+
+    def run() -> None:
+        y = pointwise(x, expand, *vectors(shape.hidden), relu6=True)
+        y = depthwise(y, taps, *vectors(shape.hidden), stride=shape.stride, relu6=True)
+        residual = x if shape.residual else None
+        pointwise(y, project, *vectors(shape.out_channels), relu6=False, residual=residual)
+
+    return recorded_launches(run)
+
+
 def specialisation(launch: Launch) -> tuple[str, ...]:
     """What distinguishes compiled kernels: launches with equal ones run the same code."""
     code = source(launch)

@@ -7,6 +7,8 @@ unknown GPU, or a class that is not in its table, takes the rule: nothing is eve
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,57 @@ from kernels.triton_support import cdiv, next_power_of_2
 DIRECTORY = Path(__file__).parent / "configs"
 
 
+class Gpu(NamedTuple):
+    """What a choice of tiles depends on."""
+
+    name: str
+    """For file names: "NVIDIA H100 80GB HBM3" is "nvidia-h100"; memory size and form do not choose tiles."""
+    before_hopper: bool
+    """Without wgmma, which reads operands from shared memory: more of a product lies in registers."""
+    multiprocessors: int
+    shared_memory: int
+    """Bytes that one program may have."""
+
+
+H100 = Gpu("nvidia-h100", before_hopper=False, multiprocessors=132, shared_memory=227 * 1024)
+A100 = Gpu("nvidia-a100", before_hopper=True, multiprocessors=108, shared_memory=163 * 1024)
+_INTERPRETER = H100._replace(name="", multiprocessors=1)  # so that its grids stay small
+_meta = H100
+
+
+@contextmanager
+def meta_tensors_stand_for(gpu: Gpu) -> Iterator[None]:
+    """Within it, launches over meta tensors are those of that GPU; otherwise those of an H100."""
+    global _meta
+    before, _meta = _meta, gpu
+    try:
+        yield
+    finally:
+        _meta = before
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    if device.type == "cuda":
+        return _cuda(device)
+    return _meta if device.type == "meta" else _INTERPRETER
+
+
+@lru_cache
+def _cuda(device: torch.device) -> Gpu:
+    properties = torch.cuda.get_device_properties(device)
+    words = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).split("-")
+    return Gpu(
+        "-".join(words[:2]),
+        before_hopper=properties.major < 9,
+        multiprocessors=properties.multi_processor_count,
+        shared_memory=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # stubs lack it
+    )
+
+
+def multiprocessors(device: torch.device) -> int:
+    return gpu_of(device).multiprocessors
+
+
 class PointwiseConfig(NamedTuple):
     """Tiles of a matrix product over pixels; what n and k stand for is said at each kernel's rule."""
 
@@ -29,6 +82,11 @@ class PointwiseConfig(NamedTuple):
     stages: int
     waves: int
     """Programs per multiprocessor that the rows are split into."""
+
+    def fitting(self, gpu: Gpu, itemsize: int) -> "PointwiseConfig":
+        """With as many stages as have room for both operands in shared memory."""
+        stage = (self.block_m + self.block_n) * self.block_k * itemsize
+        return self._replace(stages=max(1, min(self.stages, gpu.shared_memory // stage)))
 
 
 class DepthwiseConfig(NamedTuple):
@@ -43,27 +101,9 @@ class DepthwiseConfig(NamedTuple):
 
 
 @lru_cache
-def multiprocessors(device: torch.device) -> int:
-    """Of the GPU. Meta tensors stand for an H100; the interpreter is given one, so that its grids stay small."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132 if device.type == "meta" else 1
-
-
-@lru_cache
-def _table(device: torch.device) -> dict[str, dict[str, list[int] | None]]:
-    if device.type == "cpu":
-        return {}
-    path = DIRECTORY / f"{gpu_name(device)}.json"
+def _table(gpu: Gpu) -> dict[str, dict[str, list[int] | None]]:
+    path = DIRECTORY / f"{gpu.name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def gpu_name(device: torch.device) -> str:
-    """For file names: "NVIDIA H100 80GB HBM3" -> "nvidia-h100"; memory size and form do not choose tiles."""
-    if device.type == "meta":
-        return "nvidia-h100"
-    words = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).split("-")
-    return "-".join(words[:2])
 
 
 def pointwise_class(x: Tensor, inner: int, outer: int) -> str:
@@ -79,9 +119,24 @@ def depthwise_class(x: Tensor, kernel: int, stride: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def pointwise_rule(operation: str, small: bool, float32: bool, inner: int, outer: int) -> PointwiseConfig | None:
+def pointwise_rule(
+    operation: str, small: bool, float32: bool, inner: int, outer: int, before_hopper: bool = False
+) -> PointwiseConfig | None:
     """The default tiles. `small`: too few rows to fill a GPU with tall tiles. None: see `expand_backward_config`."""
     narrow = max(next_power_of_2(outer), 16)
+    if before_hopper:  # tiles whose sums and operands are in registers together, by the compiler's own report
+        if operation == "project_backward":
+            shape = (32, 16, min(narrow, 32)) if float32 else (64, 32, min(narrow, 64))
+            return PointwiseConfig(*shape, 8, 1 if float32 else 2, 4)
+        if operation == "weight_gradient":
+            shape = (32, 16, min(narrow, 64)) if float32 else (64, 32, min(narrow, 64))
+            return PointwiseConfig(*shape, 8, 1 if float32 else 2, 2)
+        if operation == "expand_backward" and not float32:
+            sums = cdiv(inner, 64) * 64 * narrow
+            if sums > 8192:
+                return PointwiseConfig(64, narrow, 32, 8, 1, 2) if sums <= 12288 else None
+        if operation == "pointwise_forward_prologue" and not float32 and narrow == 64:
+            return PointwiseConfig(64, 64, 64, 8, 3, 4)
     if operation == "pointwise_forward":  # n: outputs, k: inputs
         block_k = min(max(next_power_of_2(inner), 16), 32 if float32 else 64)
         return PointwiseConfig(64 if small or float32 else 128, min(narrow, 64), block_k, 4, 3, 4)
@@ -107,13 +162,16 @@ def pointwise_rule(operation: str, small: bool, float32: bool, inner: int, outer
 
 
 def _pointwise(operation: str, x: Tensor, inner: int, outer: int) -> PointwiseConfig | None:
-    table = _table(x.device).get(operation, {})
+    gpu = gpu_of(x.device)
+    table = _table(gpu).get(operation, {})
     shape_class = pointwise_class(x, inner, outer)
     if shape_class in table:
         values = table[shape_class]
         return None if values is None else PointwiseConfig(*values)
     rows = x.numel() // x.shape[-1]
-    return pointwise_rule(operation, rows < 256 * multiprocessors(x.device), x.element_size() == 4, inner, outer)
+    small, float32 = rows < 256 * gpu.multiprocessors, x.element_size() == 4
+    config = pointwise_rule(operation, small, float32, inner, outer, gpu.before_hopper)
+    return None if config is None else config.fitting(gpu, x.element_size())
 
 
 def pointwise_config(x: Tensor, inner: int, outer: int, prologue: bool) -> PointwiseConfig:
@@ -162,12 +220,12 @@ def depthwise_backward_rule(kernel: int, stride: int, width: int) -> DepthwiseCo
 
 
 def depthwise_config(x: Tensor, kernel: int, stride: int, out_width: int) -> DepthwiseConfig:
-    values = _table(x.device).get("depthwise_forward", {}).get(depthwise_class(x, kernel, stride))
+    values = _table(gpu_of(x.device)).get("depthwise_forward", {}).get(depthwise_class(x, kernel, stride))
     return depthwise_rule(kernel, stride, out_width) if values is None else DepthwiseConfig(*values)  # type: ignore[arg-type]
 
 
 def depthwise_backward_config(x: Tensor, kernel: int, stride: int) -> DepthwiseConfig:
-    values = _table(x.device).get("depthwise_backward", {}).get(depthwise_class(x, kernel, stride))
+    values = _table(gpu_of(x.device)).get("depthwise_backward", {}).get(depthwise_class(x, kernel, stride))
     return depthwise_backward_rule(kernel, stride, x.shape[2]) if values is None else DepthwiseConfig(*values)  # type: ignore[arg-type]
 
 

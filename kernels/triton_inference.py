@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.configs import multiprocessors, pointwise_config
+from kernels.configs import gpu_of, multiprocessors, pointwise_config
 from kernels.launch import CachedLaunches
 from kernels.triton_depthwise import depthwise_forward, output_size
 from kernels.triton_pointwise import split_rows
@@ -21,11 +21,14 @@ from kernels.triton_support import alignment, cdiv, dot, int64, relu6, round_to
 @CachedLaunches
 @triton.jit
 def pointwise_inference_kernel(
-    x, w, scale, shift, residual, y, M, K_units, N_units, rows_per_segment, rows_per_program,
-    ALIGN: tl.constexpr, SEGMENTS: tl.constexpr, RELU6: tl.constexpr,
+    x, w, scale, shift, residual, y, K_units, N_units, rows_per_segment, rows_per_program, programs_per_segment,
+    ALIGN: tl.constexpr, RELU6: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] = scale[s, n] * (x @ w^T)[m, n] + shift[s, n] for m's segment s, then ReLU6 or + residual."""
+    """y[m, n] = scale[s, n] * (x @ w^T)[m, n] + shift[s, n] for m's segment s, then ReLU6 or + residual.
+
+    A program's rows are all of one segment.
+    """
     K = K_units * ALIGN
     N = N_units * ALIGN
     tiles_n = tl.cdiv(N, BN)
@@ -33,8 +36,13 @@ def pointwise_inference_kernel(
     program = tl.program_id(0) // tiles_n
     k = tl.arange(0, BK)
     m = tl.arange(0, BM)
-    start = program * rows_per_program
-    stop = tl.minimum(start + rows_per_program, M)
+    segment = program // programs_per_segment
+    first = segment * rows_per_segment
+    start = first + program % programs_per_segment * rows_per_program
+    stop = tl.minimum(start + rows_per_program, first + rows_per_segment)
+    bias = tl.load(shift + segment * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if scale is not None:
+        factor = tl.load(scale + segment * N + n, mask=n < N, other=0.0)[None, :]
     for m0 in range(start, stop, BM):
         valid = (m0 + m < stop)[:, None]
         row = int64(m0)
@@ -45,13 +53,9 @@ def pointwise_inference_kernel(
             b = tl.load(w + n[None, :] * K + k0 + k[:, None], mask=inside[:, None] & (n < N)[None, :], other=0.0)
             acc = dot(a, b, acc)
         mask = valid & (n < N)[None, :]
-        if SEGMENTS:
-            at = ((m0 + m) // rows_per_segment)[:, None] * N + n[None, :]
-            out = acc * tl.load(scale + at, mask=mask, other=0.0) + tl.load(shift + at, mask=mask, other=0.0)
-        else:
-            if scale is not None:
-                acc *= tl.load(scale + n, mask=n < N, other=0.0)[None, :]
-            out = acc + tl.load(shift + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if scale is not None:
+            acc *= factor
+        out = acc + bias
         if residual is not None:
             at_rows = row * N + m[:, None] * N + n[None, :]
             out += tl.load(residual + at_rows, mask=mask, other=0.0).to(tl.float32)
@@ -68,21 +72,23 @@ def _pointwise(
     weight = weight.contiguous()
     images, inner, height, width = x.shape
     outer = weight.shape[0]
-    rows = images * height * width
+    rows, segments = images * height * width, shift.shape[0]
     y = torch.empty((images, height, width, outer), dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     align = alignment(inner, outer)
     config = pointwise_config(x.permute(0, 2, 3, 1).reshape(rows, inner), inner, outer, prologue=inner > outer)
+    config = config.fitting(gpu_of(x.device), x.element_size())  # tuned with a prologue, whose operand is in registers
     tiles_n = cdiv(outer, config.block_n)
     per_program, programs = split_rows(
-        rows, config.block_m, max(1, config.waves * multiprocessors(x.device) // tiles_n)
+        rows // segments, config.block_m, max(1, config.waves * multiprocessors(x.device) // (tiles_n * segments))
     )
-    pointwise_inference_kernel[(programs * tiles_n,)](
+    pointwise_inference_kernel[(segments * programs * tiles_n,)](
         x, weight, scale, shift, residual, y,
-        rows, inner // align, outer // align, rows // shift.shape[0], per_program,
-        ALIGN=align, SEGMENTS=shift.shape[0] > 1, RELU6=relu6,
-        BM=config.block_m, BN=config.block_n, BK=config.block_k, num_warps=config.warps, num_stages=config.stages,
+        inner // align, outer // align, rows // segments, per_program, programs,
+        ALIGN=align, RELU6=relu6,
+        BM=config.block_m, BN=config.block_n, BK=config.block_k,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return y
 
