@@ -8,7 +8,9 @@ Evaluations are taken from the run's store where it has them.
 
 1. For several latency limits: a search under the limit, its winner timed, against searches under MACs limits, of each
    the best network, timed too, that keeps the same latency limit. The MACs limits are spread over what random networks
-   of nearly the latency limit have, and each of these searches has as many evaluations as the one under latency.
+   of nearly the latency limit have. Each of these searches has as many evaluations as the one under latency; and then
+   they share as many among them, and the best that all of them find counts: what a user would do who has no latency
+   table, and does not know which MACs limit belongs to a latency.
 2. The hypervolume (top-1 from 0 to 1, MACs over the range of the space) of one NSGA-II search, against that of
    single-objective searches under evenly spaced MACs budgets which share as many evaluations, over several seeds.
 """
@@ -88,6 +90,7 @@ def main() -> None:
         figures = {
             "equal_latency": (rows := equal_latencies(space, evaluate, table, arguments)),
             "accuracy_under_latency_against_macs": won(rows),
+            "against_macs_searches_that_share_evaluations": against_shared(rows),
             "hypervolume": hypervolumes(space, evaluate, arguments),
             "architectures": space.num_architectures,
             "latency_context": asdict(model.context),
@@ -99,18 +102,22 @@ def main() -> None:
 def equal_latencies(
     space: Space, evaluate: Evaluate, table: LatencyTable, arguments: QualityArguments
 ) -> list[dict[str, Any]]:
-    """For every limit and seed, the winner under it, and those of searches under MACs limits that are as fast."""
+    """For every limit and seed, the winner under it, and those of searches under MACs limits that are as fast.
+
+    `searches` says how many share the evaluations of one.
+    """
     low, high = cost_ranges(space, constraints_for(space, (), table.predict), ("latency_ms",))["latency_ms"]
     rows = []
     for share, seed in product(arguments.limits, range(arguments.seeds)):
         limit = Limit("latency_ms", high=low + share * (high - low))
-        for tried in (limit, *(Limit("macs", high=macs) for macs in macs_of(space, table, limit, arguments.budgets))):
-            found = best_found(space, evaluate, table, tried, arguments.config(seed))
+        macs = [Limit("macs", high=value) for value in macs_of(space, table, limit, arguments.budgets)]
+        for tried, searches in [(limit, 1), *product(macs, (1, arguments.budgets))]:
+            found = best_found(space, evaluate, table, tried, arguments.config(seed, searches))
             winner = _fastest_enough(space, table, found, limit.high, arguments.finalists)
-            row = {"limit_ms": limit.high, "seed": seed, "searched": str(tried), "evaluations": len(found)}
-            rows.append({**row, **(winner or {"why": _NONE})})
+            row = {"limit_ms": limit.high, "seed": seed, "searched": str(tried), "searches": searches}
+            rows.append({**row, "evaluations": len(found), **(winner or {"why": _NONE})})
             print(
-                f"at {limit.high:.4f} ms, seed {seed}, search for {tried}: "
+                f"at {limit.high:.4f} ms, seed {seed}, search for {tried}, {len(found)} evaluations: "
                 + (f"top-1 {winner['top1']:.4f}, {winner['measured_ms']:.4f} ms measured" if winner else _NONE)
             )
     return rows
@@ -121,10 +128,28 @@ def won(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     counts = {"more": 0, "as": 0, "less": 0}
     best = {(row["limit_ms"], row["seed"]): row.get("top1", 0.0) for row in rows if "latency" in row["searched"]}
     for row in rows:
-        if "latency" not in row["searched"]:
+        if "latency" not in row["searched"] and row["searches"] == 1:
             ours, theirs = best[row["limit_ms"], row["seed"]], row.get("top1", 0.0)
             counts["more" if ours > theirs else "as" if ours == theirs else "less"] += 1
     return counts
+
+
+def against_shared(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How often the search under latency is more, as, and less accurate than the best of those under MACs limits that
+    share as many evaluations, and by how much, with the mean's standard error over limits and seeds."""
+    differences = []
+    for row in rows:
+        if "latency" in row["searched"]:
+            same = [r for r in rows if (r["limit_ms"], r["seed"]) == (row["limit_ms"], row["seed"])]
+            shared = [r.get("top1", 0.0) for r in same if "latency" not in r["searched"] and r["searches"] > 1]
+            differences.append(row.get("top1", 0.0) - max(shared))
+    spread = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+    signs = {
+        "more": sum(d > 0 for d in differences),
+        "as": differences.count(0),
+        "less": sum(d < 0 for d in differences),
+    }
+    return {**signs, "mean": statistics.mean(differences), "standard_error": spread}
 
 
 _NONE = "nothing is fast enough"

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.search_quality import QualityArguments, hypervolumes, won
+from benchmarks.search_quality import QualityArguments, against_shared, hypervolumes, won
 from engine.cost import CostModel
 from engine.distributed import Process
 from engine.errors import UserError
@@ -267,14 +267,19 @@ def test_lists_are_written_with_spaces_or_commas(tmp_path):
 
 def test_the_quality_benchmark_counts_comparisons_and_shares_evaluations(tmp_path):
     rows = [
-        {"limit_ms": 1.0, "seed": 0, "searched": "latency_ms <= 1", "top1": 0.9},
-        {"limit_ms": 1.0, "seed": 0, "searched": "macs <= 1M", "top1": 0.8},
-        {"limit_ms": 1.0, "seed": 0, "searched": "macs <= 2M", "top1": 0.9},
-        {"limit_ms": 1.0, "seed": 0, "searched": "macs <= 3M", "why": "nothing is fast enough"},
-        {"limit_ms": 1.0, "seed": 1, "searched": "latency_ms <= 1", "top1": 0.7},
-        {"limit_ms": 1.0, "seed": 1, "searched": "macs <= 1M", "top1": 0.8},
+        {"limit_ms": 1.0, "seed": 0, "searched": "latency_ms <= 1", "searches": 1, "top1": 0.9},
+        {"limit_ms": 1.0, "seed": 0, "searched": "macs <= 1M", "searches": 1, "top1": 0.8},
+        {"limit_ms": 1.0, "seed": 0, "searched": "macs <= 2M", "searches": 1, "top1": 0.9},
+        {"limit_ms": 1.0, "seed": 0, "searched": "macs <= 3M", "searches": 1, "why": "nothing is fast enough"},
+        {"limit_ms": 1.0, "seed": 1, "searched": "latency_ms <= 1", "searches": 1, "top1": 0.7},
+        {"limit_ms": 1.0, "seed": 1, "searched": "macs <= 1M", "searches": 1, "top1": 0.8},
     ]
     assert won(rows) == {"more": 2, "as": 1, "less": 1}
+    shared = [{**row, "searches": 5, "top1": top1} for row, top1 in zip(rows, (0, 0.5, 0.7, 0, 0, 0.7), strict=True)]
+    found = against_shared(rows + [row for row in shared if "macs" in row["searched"]])
+    assert (found["more"], found["as"], found["less"]) == (1, 1, 0)
+    assert found["mean"] == pytest.approx(0.1)
+    assert found["standard_error"] == pytest.approx(0.1)
     space = imagenet_space()
     arguments = QualityArguments(run=tmp_path, population=15, iterations=1, seeds=1)
     figures = hypervolumes(space, Toy(uniform_arch(space, random.Random(1))), arguments)
