@@ -124,19 +124,15 @@ def pointwise_rule(
 ) -> PointwiseConfig | None:
     """The default tiles. `small`: too few rows to fill a GPU with tall tiles. None: see `expand_backward_config`."""
     narrow = max(next_power_of_2(outer), 16)
-    if before_hopper:  # tiles whose sums and operands are in registers together, by the compiler's own report
-        if operation == "project_backward":
-            shape = (32, 16, min(narrow, 32)) if float32 else (64, 32, min(narrow, 64))
-            return PointwiseConfig(*shape, 8, 1 if float32 else 2, 4)
-        if operation == "weight_gradient":
-            shape = (32, 16, min(narrow, 64)) if float32 else (64, 32, min(narrow, 64))
-            return PointwiseConfig(*shape, 8, 1 if float32 else 2, 2)
-        if operation == "expand_backward" and not float32:
-            sums = cdiv(inner, 64) * 64 * narrow
-            if sums > 8192:
-                return PointwiseConfig(64, narrow, 32, 8, 1, 2) if sums <= 12288 else None
-        if operation == "pointwise_forward_prologue" and not float32 and narrow == 64:
+    if before_hopper and not float32:  # tiles whose sums and operands are in registers together
+        if operation == "pointwise_forward_prologue" and narrow == 64:
             return PointwiseConfig(64, 64, 64, 8, 3, 4)
+        if operation == "project_backward":
+            return PointwiseConfig(64, 32, min(narrow, 64), 8, 2, 4)
+        if operation == "expand_backward" and cdiv(inner, 64) * 64 * narrow > 8192:
+            return PointwiseConfig(64, narrow, 32, 8, 1, 2) if cdiv(inner, 64) * 64 * narrow <= 12288 else None
+        if operation == "weight_gradient":
+            return PointwiseConfig(64, 32, min(narrow, 64), 8, 2, 2)
     if operation == "pointwise_forward":  # n: outputs, k: inputs
         block_k = min(max(next_power_of_2(inner), 16), 32 if float32 else 64)
         return PointwiseConfig(64 if small or float32 else 128, min(narrow, 64), block_k, 4, 3, 4)
@@ -145,8 +141,8 @@ def pointwise_rule(
         return PointwiseConfig(64, block_n, 32 if float32 else 64, 4 if block_n <= 64 else 8, 3, 4)
     if operation == "project_backward":  # n: hidden, k: outputs (tiles of it)
         if float32:
-            return PointwiseConfig(32, 32, min(narrow, 32), 4 if outer <= 32 else 8, 1, 4)
-        return PointwiseConfig(64, 64, min(narrow, 64), 8, 2, 4)
+            return PointwiseConfig(32 if outer <= 96 else 16, 16, min(narrow, 32), 8, 1, 4)
+        return PointwiseConfig(64, 64 if outer <= 256 else 32, min(narrow, 64), 8, 2, 4)
     if operation == "expand_backward":  # n: inputs, k: hidden (tiles of it)
         sums = cdiv(inner, 64) * 64 * narrow
         if sums > 24576 or float32:
@@ -157,7 +153,7 @@ def pointwise_rule(
         return PointwiseConfig(64, block_n, 32, 4 if block_n <= 64 else 8, 3, 1)
     assert operation == "weight_gradient", operation  # n: hidden, k: inputs (tiles of it)
     if float32:
-        return PointwiseConfig(32, 32, min(narrow, 64), 4 if outer <= 128 else 8, 1, 2)
+        return PointwiseConfig(32, 16, min(narrow, 64), 8, 1, 2)
     return PointwiseConfig(64, 64, min(narrow, 64), 4 if outer <= 64 else 8, 2, 2)
 
 

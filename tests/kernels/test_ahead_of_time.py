@@ -58,13 +58,16 @@ CASES = [
     (90, BlockShape(48, 288, 48, 5, 1), 28, BF16, "depthwise_forward"),
     (90, BlockShape(48, 144, 56, 7, 1), 28, BF16, "depthwise_forward"),
     (90, BlockShape(16, 48, 24, 3, 2), 112, FP32, "pointwise_forward"),
+    (90, BlockShape(192, 576, 192, 3, 1), 7, FP32, "project_backward"),
+    (90, BlockShape(192, 576, 192, 3, 1), 7, FP32, "gradient_kernel"),
     (80, BlockShape(16, 96, 32, 3, 2), 112, BF16, "pointwise"),
     (80, BlockShape(16, 96, 32, 3, 2), 112, BF16, "depthwise"),
     # every kind of product, narrow and wide
     (80, BlockShape(48, 144, 48, 3, 1), 28, BF16, "backward_kernel"),
     (80, BlockShape(224, 1344, 280, 3, 1), 7, BF16, "project_backward"),
     (80, BlockShape(224, 1344, 280, 3, 1), 7, BF16, "gradient_kernel"),
-    (80, BlockShape(16, 48, 24, 3, 2), 112, FP32, "project_backward"),
+    (80, BlockShape(192, 576, 192, 3, 1), 7, FP32, "project_backward"),
+    (80, BlockShape(192, 576, 192, 3, 1), 7, FP32, "gradient_kernel"),
 ]
 SLOW = [
     (90, BlockShape(48, 288, 48, 5, 1), 28, BF16, "depthwise_backward"),
