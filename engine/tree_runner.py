@@ -57,7 +57,7 @@ class TreeRunner:
             for level in tree.levels
         ]
         """Per level, the largest output of a node for one image."""
-        self.replays = graphs.Replays(lambda images: [scores.logits for scores in self._launched(images)])
+        self._replays = graphs.Replays()
 
     @torch.inference_mode()
     def run(self, images: Tensor) -> Iterator[LeafScores]:
@@ -69,7 +69,7 @@ class TreeRunner:
         graphs.check(images, chosen_backend(images))
         if graphs.enabled() and self._logits_fit(len(images)):
             start = 0
-            for logits in self.replays(images):
+            for logits in self._replays(lambda x: [scores.logits for scores in self._launched(x)], images):
                 yield LeafScores(range(start, start + len(logits)), logits)
                 start += len(logits)
         else:

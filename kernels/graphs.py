@@ -88,35 +88,32 @@ def memory_left() -> bool:
 
 
 class Replays:
-    """A function of one tensor, without gradients, that is captured for every shape that comes again.
+    """One function of one tensor, without gradients, captured for every shape that comes again.
 
     The first call of a shape launches, which compiles and loads kernels as a capture must not; where memory is short,
-    so do all others. Results lie in buffers that the next call overwrites.
+    so do all others. Results lie in buffers that the next call overwrites. The function is given with each call and not
+    kept: an owner whose method it is would live, with these buffers, until Python looks for cycles.
     """
 
-    def __init__(self, run: Callable[[Tensor], list[Tensor]]) -> None:
-        self._run = run
+    def __init__(self) -> None:
         self._captured: dict[Hashable, tuple[Tensor, list[Tensor], Callable[[], None]] | None] = {}
         """Per shape the input's buffer, the results and the replay; None after the first call."""
 
-    def __call__(self, x: Tensor) -> list[Tensor]:
+    def __call__(self, run: Callable[[Tensor], list[Tensor]], x: Tensor) -> list[Tensor]:
         key = (x.shape, x.stride(), x.dtype, x.device)
         if key not in self._captured:
             self._captured[key] = None
-            return self._run(x)
+            return run(x)
         captured = self._captured[key]
         if captured is None:
             if not memory_left():
-                return self._run(x)
+                return run(x)
             given = torch.empty_like(x)
-            captured = self._captured[key] = (given, *capture(lambda: self._run(given)))
+            captured = self._captured[key] = (given, *capture(lambda: run(given)))
         given, results, replay = captured
         given.copy_(x)
         replay()
         return results
-
-    def __len__(self) -> int:
-        return sum(captured is not None for captured in self._captured.values())
 
 
 class Captured:
