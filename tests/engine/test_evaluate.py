@@ -184,9 +184,9 @@ def test_passes_whose_logits_are_too_many_are_launched(nested, replays):
         for _ in range(3):
             list(runner.run(evaluator.data.normalized(0, 16, torch.float32)))
         assert len(replays) == expected
-        alive = weakref.ref(runner)
-        del runner
-        assert alive() is None, "buffers on a GPU must not wait for the garbage collector"
+    alive = weakref.ref(runner)
+    del runner
+    assert alive() is None, "buffers on a GPU must not wait for the garbage collector"
 
 
 def test_graphs_that_cannot_run_say_why(nested, monkeypatch):
