@@ -212,7 +212,7 @@ def depthwise_rule(kernel: int, stride: int, out_width: int) -> DepthwiseConfig:
 
 def depthwise_backward_rule(kernel: int, stride: int, width: int) -> DepthwiseConfig:
     columns = _columns(width, (7, 4) if stride == 1 and kernel < 7 else (4,))
-    return DepthwiseConfig(columns, 8, 16, 4, kernel < 7 or stride == 2)
+    return DepthwiseConfig(columns, 8, 16, 4, kernel < 5 or stride == 2)
 
 
 def depthwise_config(x: Tensor, kernel: int, stride: int, out_width: int) -> DepthwiseConfig:
