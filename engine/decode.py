@@ -45,7 +45,7 @@ def handed_over(files: FileList, places: Sequence[int]) -> list[Encoded] | Encod
     """Images at `places` as a pipeline takes them: paths as bytes, or contents where files hold several images.
 
     Paths are one array [N, length], shorter ones ended by zeros as file names are: DALI looks at each array of a list,
-    which takes 1 ms for 64.
+    which doubles what it takes to feed 64 of them (0.7 ms against 0.3).
     """
     if files.offsets is not None:
         return read_ranges(files, places)

@@ -85,8 +85,8 @@ class PointwiseConfig(NamedTuple):
 
     def fitting(self, gpu: Gpu, itemsize: int) -> "PointwiseConfig":
         """With as many stages as have room for both operands in shared memory."""
-        stage = (self.block_m + self.block_n) * self.block_k * itemsize
-        return self._replace(stages=max(1, min(self.stages, gpu.shared_memory // stage)))
+        room = gpu.shared_memory // ((self.block_m + self.block_n) * self.block_k * itemsize)
+        return self if self.stages <= room else self._replace(stages=max(1, room))
 
 
 class DepthwiseConfig(NamedTuple):
@@ -120,17 +120,18 @@ def depthwise_class(x: Tensor, kernel: int, stride: int) -> str:
 
 @lru_cache(maxsize=4096)
 def pointwise_rule(
-    operation: str, small: bool, float32: bool, inner: int, outer: int, before_hopper: bool = False
+    operation: str, small: bool, float32: bool, inner: int, outer: int, before_hopper: bool
 ) -> PointwiseConfig | None:
     """The default tiles. `small`: too few rows to fill a GPU with tall tiles. None: see `expand_backward_config`."""
     narrow = max(next_power_of_2(outer), 16)
+    sums = cdiv(inner, 64) * 64 * narrow  # of a weight gradient of the expansion, in registers
     if before_hopper and not float32:  # tiles whose sums and operands are in registers together
         if operation == "pointwise_forward_prologue" and narrow == 64:
             return PointwiseConfig(64, 64, 64, 8, 3, 4)
         if operation == "project_backward":
             return PointwiseConfig(64, 32, min(narrow, 64), 8, 2, 4)
-        if operation == "expand_backward" and cdiv(inner, 64) * 64 * narrow > 8192:
-            return PointwiseConfig(64, narrow, 32, 8, 1, 2) if cdiv(inner, 64) * 64 * narrow <= 12288 else None
+        if operation == "expand_backward" and sums > 8192:
+            return PointwiseConfig(64, narrow, 32, 8, 1, 2) if sums <= 12288 else None
         if operation == "weight_gradient":
             return PointwiseConfig(64, 32, min(narrow, 64), 8, 2, 2)
     if operation == "pointwise_forward":  # n: outputs, k: inputs
@@ -144,7 +145,6 @@ def pointwise_rule(
             return PointwiseConfig(32 if outer <= 96 else 16, 16, min(narrow, 32), 8, 1, 4)
         return PointwiseConfig(64, 64 if outer <= 256 else 32, min(narrow, 64), 8, 2, 4)
     if operation == "expand_backward":  # n: inputs, k: hidden (tiles of it)
-        sums = cdiv(inner, 64) * 64 * narrow
         if sums > 24576 or float32:
             return None
         return PointwiseConfig(64, narrow, 64, 4 if sums <= 8192 else 8, 2 if sums <= 12288 else 1, 2)

@@ -87,8 +87,7 @@ def _pointwise(
         x, weight, scale, shift, residual, y,
         inner // align, outer // align, rows // segments, per_program, programs,
         ALIGN=align, RELU6=relu6,
-        BM=config.block_m, BN=config.block_n, BK=config.block_k,
-        num_warps=config.warps, num_stages=config.stages,
+        BM=config.block_m, BN=config.block_n, BK=config.block_k, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return y
 
