@@ -50,6 +50,8 @@ class EvolveArguments:
     """Most trained parameters of the released network, as 5M."""
     max_latency_ms: float | None = None
     """Most milliseconds of a batch, by a latency table of search/latency.py."""
+    min_latency_ms: float | None = None
+    """Least milliseconds: where more time is allowed than the most accurate network found takes, spend it."""
     max_activation_bytes: str | None = None
     """Most bytes of activations at once, for one image in fp32, as 4M."""
     objectives: tuple[str, ...] = ("top1",)
@@ -93,8 +95,9 @@ class EvolveArguments:
             raise UserError("--budgets sets the limit on MACs of single-objective searches; leave out the other option")
         if self.confidence is not None and len(goals) > 1:
             raise UserError("--confidence is for the search of the best top1; a Pareto set needs the scores of all")
-        if self.max_latency_ms is not None and not self.max_latency_ms > 0:
-            raise UserError(f"latency limit {self.max_latency_ms} ms; it must be above 0")
+        for latency in (self.max_latency_ms, self.min_latency_ms):
+            if latency is not None and not 0 < latency < float("inf"):
+                raise UserError(f"latency limit {latency} ms; it must be above 0, and finite")
         if not 0 < self.timeout_minutes < float("inf"):
             raise UserError(f"timeout {self.timeout_minutes} minutes; it must be above 0")
         if not 0 <= self.finalists <= MOST_FINALISTS:
@@ -119,8 +122,8 @@ class EvolveArguments:
             limits.append(Limit("macs", low, parse_count(max_macs) if max_macs else float("inf")))
         if self.max_params:
             limits.append(Limit("params", high=parse_count(self.max_params)))
-        if self.max_latency_ms is not None:
-            limits.append(Limit("latency_ms", high=self.max_latency_ms))
+        if self.max_latency_ms or self.min_latency_ms:
+            limits.append(Limit("latency_ms", self.min_latency_ms or 0, self.max_latency_ms or float("inf")))
         if self.max_activation_bytes:
             limits.append(Limit("activation_bytes", high=parse_count(self.max_activation_bytes)))
         return tuple(limits)
@@ -136,7 +139,8 @@ class EvolveArguments:
             "precision": self.latency_precision,
         }
         asked = self.latency_table is not None or any(value is not None for value in wanted.values())
-        if self.max_latency_ms is None and "latency" not in self.goals and not asked:
+        limited = self.max_latency_ms or self.min_latency_ms
+        if not limited and "latency" not in self.goals and not asked:
             return None
         return find_model(self.run.expanduser() / "latency", self.latency_table, wanted)
 

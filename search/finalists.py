@@ -11,12 +11,12 @@ from engine.errors import UserError
 from engine.onnx_export import Precision
 from engine.space import Arch, Space
 from search.backends import BACKENDS, CannotRun, Hardware
-from search.evolution import Candidate
+from search.constraints import Limit
 from search.latency_bench import LatencyBench, base_ms
 from search.latency_model import LatencyModel, LatencyPredictor, refuse_other_device
 
 NOISE = 0.03
-"""A network whose measured latency exceeds the limit by no more than this share counts as inside it."""
+"""A network whose measured latency is outside the limit by no more than this share counts as inside it."""
 _BUSY = 0.1
 """Slowdown of the reference network, since the table was measured, that the user is told of."""
 
@@ -58,9 +58,10 @@ def measured_ms(table: LatencyTable, space: Space, archs: Sequence[Arch]) -> lis
     return [timing.ratio * min(base, quiet) for timing in timings]
 
 
-def fastest_inside(candidates: Sequence[Candidate], measured: Sequence[float], limit: float) -> int | None:
-    """Index of the best-ranked candidate whose measured latency keeps the limit, or None."""
-    return next((k for k in range(len(candidates)) if measured[k] <= limit * (1 + NOISE)), None)
+def first_inside(measured: Sequence[float], limit: Limit) -> int | None:
+    """Index of the first measured latency that keeps the limit, or None."""
+    low, high = limit.low * (1 - NOISE), limit.high * (1 + NOISE)
+    return next((k for k, ms in enumerate(measured) if low <= ms <= high), None)
 
 
 def _hardware(model: LatencyModel) -> Hardware:

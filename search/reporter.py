@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from search.constraints import format_cost, format_count
+from search.constraints import Limit, format_cost, format_count
 from search.evolution import Candidate, Generation, ranked
 from search.history import accuracy_front
 
@@ -56,11 +56,11 @@ def print_result(best: Candidate, front: Sequence[Candidate], file: Path) -> Non
     )
 
 
-def print_finalists(finalists: Sequence[Candidate], measured: Sequence[float], limit: float | None) -> None:
+def print_finalists(finalists: Sequence[Candidate], measured: Sequence[float], limit: Limit | None) -> None:
     """Predicted and measured latency of the last few, and what the limit was."""
     print(f"\n{'top-1':>8} {'predicted':>10} {'measured':>10} {'off by':>8}  latency in ms, best first")
     for candidate, ms in zip(finalists, measured, strict=True):
         predicted = candidate.costs["latency_ms"]
         print(f"{candidate.top1:8.4f} {predicted:10.4f} {ms:10.4f} {predicted / ms - 1:8.1%}  {candidate.arch}")
     if limit is not None:
-        print(f"limit: {limit:g} ms")
+        print(f"limit: {limit}")

@@ -14,7 +14,7 @@ from engine.trained_run import TrainedRun
 from search.constraints import Constraints, Limit
 from search.costs import constraints_for, cost_names, cost_ranges
 from search.evolution import Candidate, Evaluate, EvolutionConfig, Generation, evolve, ranked
-from search.finalists import LatencyTable, fastest_inside, measured_ms
+from search.finalists import LatencyTable, first_inside, measured_ms
 from search.history import History, accuracy_front
 from search.nsga2 import evolve_front, hypervolume, pareto_front
 from search.race import Race
@@ -131,14 +131,14 @@ def _measure(
 ) -> tuple[Candidate, list[dict[str, Any]]]:
     """Time the finalists and show them. The best whose measured latency keeps the limit takes the place of `best`."""
     measured = measured_ms(table, space, [candidate.arch for candidate in finalists])
-    limit = next((limit.high for limit in limits if limit.cost == "latency_ms"), None)
+    limit = next((limit for limit in limits if limit.cost == "latency_ms"), None)
     print_finalists(finalists, measured, limit)
     rows = [
         {"arch": str(c.arch), "top1": c.top1, "predicted_ms": c.costs["latency_ms"], "measured_ms": ms}
         for c, ms in zip(finalists, measured, strict=True)
     ]
     if limit is not None:
-        inside = fastest_inside(finalists, measured, limit)
+        inside = first_inside(measured, limit)
         if inside is None:
             print(f"none of the {len(finalists)} measured networks keeps the limit; measure the table again")
         elif finalists[inside] != best:

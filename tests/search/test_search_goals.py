@@ -26,7 +26,7 @@ from search.constraints import Constraints, Limit, format_cost
 from search.costs import PeakActivation, constraints_for, cost_ranges
 from search.evolution import Candidate, EvolutionConfig, evolve
 from search.evolve import EvolveArguments, refuse_unreachable
-from search.finalists import LatencyTable, fastest_inside
+from search.finalists import LatencyTable, first_inside
 from search.latency import LatencyTableArguments, measure_table
 from search.latency_model import LatencyModel
 from search.nsga2 import evolve_front, hypervolume, pareto_front, survivors
@@ -207,9 +207,9 @@ def test_a_search_under_latency_times_its_finalists(run, capsys):
 
 
 def test_the_slower_ones_of_the_finalists_are_passed_over():
-    finalists = [candidate(0.9, 1), candidate(0.8, 2), candidate(0.7, 3)]
-    assert fastest_inside(finalists, [1.2, 1.02, 0.5], 1.0) == 1
-    assert fastest_inside(finalists, [1.2, 1.1, 1.05], 1.0) is None
+    assert first_inside([1.2, 1.02, 0.5], Limit("latency_ms", high=1.0)) == 1
+    assert first_inside([1.2, 1.1, 1.05], Limit("latency_ms", high=1.0)) is None
+    assert first_inside([0.5, 0.88, 0.98], Limit("latency_ms", 0.9, 1.0)) == 1, "3 % of noise at either end"
 
 
 def test_a_foreign_table_is_refused_unless_asked_for(run):
@@ -250,13 +250,20 @@ def test_spaces_are_read_without_the_run(run, tmp_path):
         ({"objectives": ("macs",)}, "objectives macs: give top1 first"),
         ({"objectives": ("top1,speed",)}, "objectives top1,speed: give top1 first, then any of macs, params, memory"),
         ({"budgets": ("1M",), "max_macs": "2M"}, "--budgets sets the limit on MACs"),
-        ({"max_latency_ms": 0.0}, "latency limit 0.0 ms; it must be above 0"),
+        ({"max_latency_ms": 0.0}, "latency limit 0.0 ms; it must be above 0, and finite"),
+        ({"min_latency_ms": float("inf")}, "latency limit inf ms; it must be above 0, and finite"),
         ({"finalists": 13}, "finalists 13; allowed are 0 to 12"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         EvolveArguments(run=tmp_path, **options)
+
+
+def test_a_latency_has_both_ends(tmp_path):
+    arguments = EvolveArguments(run=tmp_path, min_latency_ms=0.9, max_latency_ms=1.0)
+    assert arguments.limits() == (Limit("latency_ms", 0.9, 1.0),)
+    assert EvolveArguments(run=tmp_path, min_latency_ms=0.9).limits() == (Limit("latency_ms", 0.9),)
 
 
 def test_lists_are_written_with_spaces_or_commas(tmp_path):
