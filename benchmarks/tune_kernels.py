@@ -2,9 +2,9 @@
 
     python benchmarks/tune_kernels.py --batch 256 --seconds 300
 
-All candidates are compiled first, in parallel processes; then each class times them, best of three medians, against
-the rule's choice, and enters the table only where it gains 3 %. Classes are visited from the largest on, so that a run
-that hits its time limit has seen to those that matter.
+All candidates are compiled first, in parallel processes, and those that spill registers are dropped; then each class
+times the others, best of three medians, against the rule's choice, and enters the table only where it gains 3 %.
+Classes are visited from the largest on, so that a run that hits its time limit has seen to those that matter.
 """
 
 import sys
@@ -24,13 +24,11 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import compile as triton_compile
 
 from benchmarks.mean_path import PlacedBlock, mean_path, table_shapes
 from benchmarks.timing import device_milliseconds
 from kernels import configs
-from kernels.ahead_of_time import recorded_launches, source, specialisation
+from kernels.ahead_of_time import compile_launch, recorded_launches, specialisation
 from kernels.configs import DepthwiseConfig, PointwiseConfig
 from kernels.triton_depthwise import depthwise_backward, depthwise_forward, output_size
 from kernels.triton_pointwise import (
@@ -183,23 +181,24 @@ def shape_class(case: Case) -> str:
 
 
 def rule(case: Case) -> PointwiseConfig | DepthwiseConfig | None:
+    gpu = configs.gpu_of(torch.device("cuda" if torch.cuda.is_available() else "meta"))
     if case.operation == "depthwise_forward":
-        return configs.depthwise_rule(case.kernel, case.stride, output_size(case.size, case.stride))
+        width = output_size(case.size, case.stride)
+        return configs.depthwise_rule(case.kernel, case.stride, width, torch.bfloat16, gpu.before_hopper)
     if case.operation == "depthwise_backward":
         return configs.depthwise_backward_rule(case.kernel, case.stride, case.size)
-    gpu = configs.gpu_of(torch.device("cuda" if torch.cuda.is_available() else "meta"))
     small = case.rows < 256 * gpu.multiprocessors
     return configs.pointwise_rule(case.operation, small, False, case.inner, case.outer, gpu.before_hopper)
 
 
 def _compile(case: Case, config: PointwiseConfig | DepthwiseConfig, capability: int) -> str | None:
-    """In a process of its own: fill Triton's cache on disk. Returns why a candidate does not compile."""
+    """In a process of its own: fill Triton's cache on disk. Returns why a candidate is not to be timed."""
     try:
-        for launch in recorded_launches(lambda: prepare(case, "meta")(config)):
-            triton_compile(source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
+        launches = recorded_launches(lambda: prepare(case, "meta")(config))
+        spills = max(compile_launch(launch, capability).spills for launch in launches)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:80]}"
-    return None
+    return f"spills {spills} registers" if spills else None
 
 
 def compile_key(case: Case, config: Any) -> tuple[Any, ...]:

@@ -61,7 +61,8 @@ def recorded_launches(run: Callable[[], Any], *, execute: bool = False) -> list[
     def record(self: CachedLaunches, grid: tuple[int], *args: Any, **named: Any) -> None:
         if execute:
             original(self, grid, *args, **named)
-        options: dict[str, int] = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        given = {name: named.pop(name, None) for name in ("num_warps", "num_stages", "maxnreg")}
+        options: dict[str, int] = {name: value for name, value in given.items() if value is not None}
         arguments = dict(zip(self.fn.arg_names, args, strict=False)) | named
         launches.append(Launch(self.fn, grid, arguments, options))
 

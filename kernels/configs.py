@@ -98,6 +98,8 @@ class DepthwiseConfig(NamedTuple):
     warps: int
     prefetch: bool = True
     """Backward only: load the next rows before this one's arithmetic, where registers are left for them."""
+    registers: int | None = None
+    """Forward only: the most that a thread may have. None: the compiler may spill some to fit one program more."""
 
 
 @lru_cache
@@ -125,12 +127,19 @@ def pointwise_rule(
     """The default tiles. `small`: too few rows to fill a GPU with tall tiles. None: see `expand_backward_config`."""
     narrow = max(next_power_of_2(outer), 16)
     sums = cdiv(inner, 64) * 64 * narrow  # of a weight gradient of the expansion, in registers
-    if before_hopper and not float32:  # tiles whose sums and operands are in registers together
+    if before_hopper and float32:  # less to a thread, for operands are split in two there
+        if operation == "pointwise_forward":
+            return PointwiseConfig(64, min(narrow, 64), min(max(next_power_of_2(inner), 16), 32), 8, 3, 4)
+        if operation == "pointwise_forward_prologue":
+            return PointwiseConfig(64, min(narrow, 128), 16, 8, 3, 4)
+        if operation == "input_gradient":
+            return PointwiseConfig(64, min(narrow, 64), 32, 8, 3, 1)
+    elif before_hopper:  # tiles whose sums and operands are in registers together
         if operation == "pointwise_forward_prologue" and narrow == 64:
             return PointwiseConfig(64, 64, 64, 8, 3, 4)
         if operation == "project_backward":
             return PointwiseConfig(64, 32, min(narrow, 64), 8, 2, 4)
-        if operation == "expand_backward" and sums > 8192:
+        if operation == "expand_backward" and sums >= 8192:
             return PointwiseConfig(64, narrow, 32, 8, 1, 2) if sums <= 12288 else None
         if operation == "weight_gradient":
             return PointwiseConfig(64, 32, min(narrow, 64), 8, 2, 2)
@@ -139,15 +148,19 @@ def pointwise_rule(
         return PointwiseConfig(64 if small or float32 else 128, min(narrow, 64), block_k, 4, 3, 4)
     if operation == "pointwise_forward_prologue":
         block_n = min(narrow, 128 if float32 else 256)
+        if block_n == 256:
+            return PointwiseConfig(64, block_n, 32, 8, 4, 4)
         return PointwiseConfig(64, block_n, 32 if float32 else 64, 4 if block_n <= 64 else 8, 3, 4)
     if operation == "project_backward":  # n: hidden, k: outputs (tiles of it)
         if float32:
             return PointwiseConfig(32 if outer <= 96 else 16, 16, min(narrow, 32), 8, 1, 4)
-        return PointwiseConfig(64, 64 if outer <= 256 else 32, min(narrow, 64), 8, 2, 4)
+        if outer > 256:
+            return PointwiseConfig(32, 64, 64, 8, 2, 2)
+        return PointwiseConfig(64, 64, min(narrow, 64), 8, 2, 4)
     if operation == "expand_backward":  # n: inputs, k: hidden (tiles of it)
         if sums > 24576 or float32:
             return None
-        return PointwiseConfig(64, narrow, 64, 4 if sums <= 8192 else 8, 2 if sums <= 12288 else 1, 2)
+        return PointwiseConfig(64, narrow, 64, 4 if sums <= 8192 else 8, 2, 2)
     if operation == "input_gradient":  # n: inputs, k: hidden
         block_n = min(narrow, 64 if float32 else 256)
         return PointwiseConfig(64, block_n, 32, 4 if block_n <= 64 else 8, 3, 1)
@@ -204,10 +217,15 @@ def _columns(width: int, choices: tuple[int, ...]) -> int:
     return min(choices, key=lambda columns: (cdiv(width, columns) * columns, -columns))
 
 
-def depthwise_rule(kernel: int, stride: int, out_width: int) -> DepthwiseConfig:
+def depthwise_rule(
+    kernel: int, stride: int, out_width: int, dtype: torch.dtype, before_hopper: bool
+) -> DepthwiseConfig:
     columns = _columns(out_width, (7, 4) if stride == 1 else (7, 4, 2))
     per_thread = 1 if kernel == 7 else 2
-    return DepthwiseConfig(columns, 128 * per_thread // 16, 16, 4)
+    spilling = [(3, 1), (7, 2)] if dtype == torch.float16 else [(3, 1)] if before_hopper and dtype.itemsize == 2 else []
+    return DepthwiseConfig(
+        columns, 128 * per_thread // 16, 16, 4, registers=255 if (kernel, stride) in spilling else None
+    )
 
 
 def depthwise_backward_rule(kernel: int, stride: int, width: int) -> DepthwiseConfig:
@@ -216,8 +234,11 @@ def depthwise_backward_rule(kernel: int, stride: int, width: int) -> DepthwiseCo
 
 
 def depthwise_config(x: Tensor, kernel: int, stride: int, out_width: int) -> DepthwiseConfig:
-    values = _table(gpu_of(x.device)).get("depthwise_forward", {}).get(depthwise_class(x, kernel, stride))
-    return depthwise_rule(kernel, stride, out_width) if values is None else DepthwiseConfig(*values)  # type: ignore[arg-type]
+    gpu = gpu_of(x.device)
+    values = _table(gpu).get("depthwise_forward", {}).get(depthwise_class(x, kernel, stride))
+    if values is None:
+        return depthwise_rule(kernel, stride, out_width, x.dtype, gpu.before_hopper)
+    return DepthwiseConfig(*values)  # type: ignore[arg-type]
 
 
 def depthwise_backward_config(x: Tensor, kernel: int, stride: int) -> DepthwiseConfig:

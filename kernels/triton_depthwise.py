@@ -212,7 +212,8 @@ def depthwise_forward(
         images if epilogue is None else images // epilogue[1].shape[0],
         ALIGN=align, KERNEL=kernel, STRIDE=stride, EVEN=out_width % config.columns == 0,
         PROLOGUE=stats is not None, STATISTICS=statistics, EPILOGUE=epilogue is not None, RELU6=relu6,
-        TW=config.columns, BT=config.strips, BC=config.channels, num_warps=config.warps,
+        TW=config.columns, BT=config.strips, BC=config.channels,
+        num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return None if partial is None or counts is None else (partial, counts)
 

@@ -1,16 +1,23 @@
-"""Compile the kernels for GPUs that need not be here, and hold them to a checked-in budget (budgets.json).
+"""Compile all kernels for GPUs that need not be here, and hold them to a checked-in budget (budgets.json).
 
-Budgets belong to a Triton version; under another one only what must hold everywhere is checked: no spills, no stack,
-tensor cores in the 16-bit matrix products, shared memory within the GPU's. After a deliberate change:
+Every kernel and shape class of the paper's Table 1, in training and in scoring: on an H100 with its table of tiles, on
+other GPUs of its generation and on an A100 by rule. Budgets belong to a Triton version; under another one only what
+must hold everywhere is checked: no spills, no stack, tensor cores in the 16-bit matrix products, shared memory within
+the GPU's. After a deliberate change:
 
-    BSNAS_WRITE_BUDGETS=1 python -m pytest tests/kernels/test_ahead_of_time.py
+    BSNAS_WRITE_BUDGETS=1 python -m pytest -n 0 tests/kernels/test_ahead_of_time.py
 """
 
+import hashlib
 import importlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,7 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from benchmarks.kernel_bytes import bytes_moved
-from benchmarks.mean_path import mean_path
+from benchmarks.mean_path import CLUSTERS, SEPARABLE, STEM, TAIL, PlacedBlock, mean_path, table_shapes
 from kernels.ahead_of_time import (
     Launch,
     Resources,
@@ -31,13 +38,13 @@ from kernels.ahead_of_time import (
     tail_launches,
 )
 from kernels.block import BlockShape
-from kernels.configs import A100, H100, meta_tensors_stand_for
+from kernels.configs import A100, H100, Gpu, meta_tensors_stand_for
 from kernels.launch import CachedLaunches
 
 DIRECTORY = Path(__file__).parents[2] / "kernels"
 BUDGETS = Path(__file__).parent / "budgets.json"
 WRITE = os.environ.get("BSNAS_WRITE_BUDGETS") == "1"
-GPUS = {80: A100, 90: H100}
+HOPPER = H100._replace(name="another Hopper")  # has no table
 MATRIX = (
     "pointwise_forward",
     "pointwise_inference",
@@ -47,61 +54,54 @@ MATRIX = (
     "weight_gradient",
 )
 SLACK = 1.1
+SHARES = 24
+BATCH = 256
 
-BF16, FP32 = torch.bfloat16, torch.float32
-CASES = [
-    # early, tall and skinny; depthwise k3, stride 2
-    (90, BlockShape(16, 96, 32, 3, 2), 112, BF16, ""),
-    # late, wide; its depthwise kernels are the first case's with other tiles, k3 stride 1
-    (90, BlockShape(192, 1152, 192, 3, 1), 7, BF16, ""),
-    (90, BlockShape(48, 288, 48, 5, 1), 28, BF16, "depthwise"),
-    (90, BlockShape(48, 144, 56, 7, 1), 28, BF16, "depthwise"),
-    (90, BlockShape(56, 336, 72, 7, 2), 28, BF16, "depthwise"),
-    (90, BlockShape(16, 48, 24, 3, 2), 112, FP32, "pointwise_forward"),
-    (90, BlockShape(192, 576, 192, 3, 1), 7, FP32, "project_backward"),
-    (90, BlockShape(192, 576, 192, 3, 1), 7, FP32, "gradient_kernel"),
-    (80, BlockShape(16, 96, 32, 3, 2), 112, BF16, "pointwise"),
-    (80, BlockShape(16, 96, 32, 3, 2), 112, BF16, "depthwise"),
-    (80, BlockShape(48, 288, 48, 5, 1), 28, BF16, "depthwise"),
-    (80, BlockShape(56, 336, 72, 7, 1), 28, BF16, "depthwise"),
-    # every kind of product, narrow and wide
-    (80, BlockShape(48, 144, 48, 3, 1), 28, BF16, "backward_kernel"),
-    (80, BlockShape(224, 1344, 280, 3, 1), 7, BF16, "project_backward"),
-    (80, BlockShape(224, 1344, 280, 3, 1), 7, BF16, "gradient_kernel"),
-    (80, BlockShape(192, 576, 192, 3, 1), 7, FP32, "project_backward"),
-    (80, BlockShape(192, 576, 192, 3, 1), 7, FP32, "gradient_kernel"),
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TABLE = [*mean_path(), *table_shapes()]  # every kernel size and stride, and every width
+# Tiles of float16 are those of bfloat16 without a table: every kernel size and stride, narrow maps and wide weights.
+SOME = [*mean_path()[2:7], *mean_path()[14:]]
+COMPILED = [
+    (90, H100, BF16, TABLE),
+    (90, HOPPER, BF16, TABLE),
+    (90, HOPPER, FP32, TABLE),
+    (90, HOPPER, FP16, SOME),
+    (80, A100, BF16, TABLE),
+    (80, A100, FP32, TABLE),
+    (80, A100, FP16, SOME),
 ]
 
 
-def launches(shape: BlockShape, size: int, dtype: torch.dtype, only: str) -> dict[str, Launch]:
-    """Those of a training step of one block whose kernel's name has `only` in it, by what budgets call them."""
-    found = {specialisation(launch): launch for launch in block_launches(shape, 256, size, dtype)}
-    case = f"{described(shape)} {size} {str(dtype).removeprefix('torch.')}"
-    return {
-        f"{case} {launch.name} {launch.arguments.get('PROLOGUE', '')}".strip(): launch
-        for launch in found.values()
-        if only in launch.name
-    }
+class Compiled(NamedTuple):
+    launch: Launch
+    capability: int
+    gpu: Gpu
+    dtype: torch.dtype
 
 
-def described(shape: BlockShape) -> str:
-    return f"{shape.in_channels}-{shape.hidden}-{shape.out_channels} k{shape.kernel} s{shape.stride}"
+def launches(dtype: torch.dtype, blocks: list[PlacedBlock]) -> Iterator[Launch]:
+    for shape, size in blocks:
+        yield from block_launches(shape, BATCH, size, dtype)
+        for segments in (0, 8):
+            yield from inference_launches(shape, BATCH, size, dtype, segments)
+    for inputs in CLUSTERS[-1][1]:
+        yield from tail_launches(inputs, TAIL, BATCH, blocks[-1].size, dtype)
+    yield from block_launches(BlockShape(STEM, STEM, SEPARABLE, 3, 1), BATCH, 112, dtype, False)
 
 
-def other_launches() -> dict[str, Launch]:
-    """Of kernels, and variants of them, that no training step of a block with an expansion has."""
-    tail = {f"tail 280-1280 bfloat16 {launch.name}": launch for launch in tail_launches(280, 1280, 256, 7, BF16)}
-    stem = block_launches(BlockShape(32, 32, 16, 3, 1), 256, 112, BF16, False)
-    raw = {f"raw input {launch.name}": launch for launch in stem if launch.name.startswith(("statistics", "apply_b"))}
-    scored = {
-        f"{kind} {described(shape)} bfloat16 {place}": launch
-        for kind, segments in (("folded", 0), ("segmented", 8))
-        for shape in (BlockShape(48, 288, 48, 5, 1), BlockShape(128, 768, 192, 3, 2))
-        for place, launch in zip(
-            ("expand", "depthwise", "project"), inference_launches(shape, 256, 14, BF16, segments), strict=True
-        )
-    }
-    return tail | raw | scored
+@cache
+def compiled() -> dict[str, Compiled]:
+    """All different codes, by what budgets call them: tiles to read, and a digest of all else that they depend on."""
+    found = {}
+    for capability, gpu, dtype, blocks in COMPILED:
+        with meta_tensors_stand_for(gpu):
+            for launch in launches(dtype, blocks):
+                digest = hashlib.sha256(repr(specialisation(launch)).encode()).hexdigest()[:8]
+                tiles = "x".join(str(v) for k, v in launch.arguments.items() if re.fullmatch("B[A-Z]|BLOCK|TW", k))
+                options = " ".join(f"{name.removeprefix('num_')} {value}" for name, value in launch.options.items())
+                name = f"sm_{capability} {str(dtype).removeprefix('torch.')} {launch.name} {tiles} {options} {digest}"
+                found.setdefault(name, Compiled(launch, capability, gpu, dtype))
+    return found
 
 
 def loop_instructions(sass: str) -> int:
@@ -117,6 +117,7 @@ def measure(launch: Launch, found: Resources) -> dict[str, float]:
     values: dict[str, float] = {
         "registers": found.registers,
         "shared": found.shared,
+        "stack": found.stack,
         "instructions": found.instructions,
     }
     if launch.name.startswith("depthwise_forward"):
@@ -126,51 +127,78 @@ def measure(launch: Launch, found: Resources) -> dict[str, float]:
     return values
 
 
-def check(capability: int, named: dict[str, Launch]) -> None:
-    table = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    budgets = table.setdefault(triton.__version__, {}) if WRITE else table.get(triton.__version__, {})
-    for name, launch in named.items():
-        found = compile_launch(launch, capability)
-        key = f"sm_{capability} {name}"
-        assert found.spills == 0, (key, found.spills)
-        assert found.stack == 0, (key, found.stack)
-        assert found.shared <= GPUS[capability].shared_memory, (key, found.shared)
-        if "float32" not in name and launch.name.startswith(MATRIX):
-            assert found.opcodes["HGMMA" if capability == 90 else "HMMA"] > 0, key
-        values = measure(launch, found)
-        if WRITE:
-            budgets[key] = values
-        for what, value in budgets.get(key, {}).items():
-            assert values[what] <= SLACK * value, (key, what, values[what], value)
-        if not WRITE and budgets:
-            assert key in budgets, f"{key} has no budget; write one as the file's docstring says"
+def may_spill(of: Compiled) -> int:
+    """Loads and stores of spilled registers: none, but in float32 where a projection has more than 200 outputs.
+
+    Its weight gradients, and operands in two tf32 parts, fill the 255 registers of a thread; no tile has fewer.
+    """
+    outputs = of.launch.arguments.get("OUT_units", 0) * of.launch.arguments.get("ALIGN", 1)
+    return 12 if of.dtype == FP32 and of.launch.name == "project_backward_kernel" and outputs > 200 else 0
+
+
+def faults(name: str, of: Compiled, budget: dict[str, float] | None) -> Iterator[str]:
+    """What is wrong with a launch once compiled; writes into the budget, if there is one to write."""
+    found = compile_launch(of.launch, of.capability)
+    if found.spills > may_spill(of) or (found.stack and not found.spills):
+        yield f"{name}: {found.spills} spills, a stack of {found.stack} bytes"
+    if found.shared > of.gpu.shared_memory:
+        yield f"{name}: {found.shared} bytes of shared memory"
+    product = "HGMMA" if of.capability == 90 else "HMMA"
+    if of.dtype != FP32 and of.launch.name.startswith(MATRIX) and not found.opcodes[product]:
+        yield f"{name}: no {product}"
+    values = measure(of.launch, found)
+    if WRITE and budget is not None:
+        budget.update(values)
+    for what, value in (budget or {}).items():
+        if values[what] > SLACK * value:
+            yield f"{name}: {what} {values[what]}, budget {value}"
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("share", range(SHARES))
+def test_every_launch_compiles_without_spills_within_its_budget(share: int) -> None:
+    every = compiled()
+    table: dict[str, dict[str, dict[str, float]]] = json.loads(BUDGETS.read_text())
     if WRITE:
-        BUDGETS.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        table[triton.__version__] = {k: v for k, v in table.get(triton.__version__, {}).items() if k in every}
+    budgets = table.get(triton.__version__)
+    wrong = []
+    for name in list(every)[share::SHARES]:
+        if WRITE:
+            table[triton.__version__][name] = {}
+        if budgets is not None and name not in budgets:
+            wrong.append(f"{name}: no budget; write one as the docstring of {Path(__file__).name} says")
+        else:
+            wrong += faults(name, every[name], budgets and budgets[name])
+    if WRITE:
+        BUDGETS.write_text(as_lines(table))
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("capability", "shape", "size", "dtype", "only"), CASES)
-def test_budget(capability: int, shape: BlockShape, size: int, dtype: torch.dtype, only: str) -> None:
-    with meta_tensors_stand_for(GPUS[capability]):
-        named = launches(shape, size, dtype, only)
-    check(capability, named)
+def as_lines(table: dict[str, dict[str, dict[str, float]]]) -> str:
+    """JSON with a launch to a line."""
+    versions = [
+        f"{json.dumps(version)}: {{\n"
+        + ",\n".join(f" {json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows))
+        + "\n}"
+        for version, rows in table.items()
+    ]
+    return "{" + ",\n".join(versions) + "}\n"
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("capability", [90, 80])
-def test_budget_of_the_tail_the_stem_and_scoring(capability: int) -> None:
-    with meta_tensors_stand_for(GPUS[capability]):
-        named = other_launches()
-    check(capability, named)
-
-
-def test_every_kernel_has_a_budget() -> None:
-    """All that are defined in the modules of the Triton kernels, against the launches that are compiled here."""
+def test_every_kernel_is_compiled() -> None:
+    """All that are defined in the modules of the Triton kernels."""
     modules = [importlib.import_module(f"kernels.{path.stem}") for path in DIRECTORY.glob("triton_*.py")]
     defined = {k.fn.__name__ for module in modules for k in vars(module).values() if isinstance(k, CachedLaunches)}
-    compiled = [launch for case in CASES for launch in launches(*case[1:]).values()] + [*other_launches().values()]
     assert len(defined) >= 15
-    assert defined - {launch.name for launch in compiled} == set()
+    for capability, dtype in product((80, 90), (BF16, FP16, FP32)):
+        names = {of.launch.name for of in compiled().values() if (of.capability, of.dtype) == (capability, dtype)}
+        fused = {"expand_backward_kernel"} if dtype == FP32 else set()  # whose float32 sums would not fit in registers
+        shared = {of.launch.name for of in compiled().values() if of.capability == capability}  # the same for any dtype
+        assert defined - fused <= names | {n for n in shared if n.startswith(("finalize", "reduce"))}, (
+            capability,
+            dtype,
+        )
 
 
 @pytest.mark.parametrize(("shape", "size"), mean_path())
