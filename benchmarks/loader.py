@@ -59,7 +59,7 @@ class LoaderArguments:
     """Photographs to generate."""
     batch_size: int = 64
     """Images per batch."""
-    batches: int = 24
+    batches: int = 60
     """Timed batches per contender and round; ten times as many on digits."""
     rounds: int = 5
     """Rounds, in each of which every contender runs once."""

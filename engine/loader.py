@@ -2,16 +2,19 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from engine.augment import Augmentation
 from engine.data import DataConfig
 from engine.decode import Batch, handed_over, undecodable_image
+from engine.decode_ahead import DecodeAhead, threads_in_turn
 from engine.errors import UserError
 from engine.image_files import FileList
 from engine.mixing import Mixing
@@ -26,7 +29,7 @@ class TrainLoader:
 
     Global batch g of an epoch is the same set of images for every number of ranks; each rank gets a
     contiguous part of it. Iteration can begin at any (epoch, step) and gives what an uninterrupted run would
-    have seen there. The pipeline stays alive between epochs and decodes into the next one.
+    have seen there. Pipelines stay alive between epochs and decode into the next one.
     """
 
     def __init__(
@@ -66,18 +69,23 @@ class TrainLoader:
         self._mixing = Mixing(config, seed, classes=int(files.labels.max()) + 1)
         self._device = torch.device(device)
         self._shapes = files.shapes[:, :2]
-        self._cursor = 0
-        self._ahead: deque[int] = deque()  # positions handed to the pipeline and not yet received
         self._wait = _Wait(self._device)
-        self._pipeline = train_pipeline(
-            self._augmentation,
-            self._feed,
-            files,
-            batch_size=batch_size,
-            device=self._device,
-            dtype=dtype,
-            exact_size=config.resize is None and bool((self._shapes == config.resolution).all()),
-        )
+        exact_size = config.resize is None and bool((self._shapes == config.resolution).all())
+
+        def pipeline(threads: int, source: Callable[[], Batch]) -> Pipeline:
+            return train_pipeline(
+                self._augmentation,
+                source,
+                files,
+                batch_size=batch_size,
+                threads=threads,
+                device=self._device,
+                dtype=dtype,
+                exact_size=exact_size,
+            )
+
+        turns = threads_in_turn(config, self._device)
+        self._turns = [DecodeAhead(self._batch, partial(pipeline, threads), len(turns)) for threads in turns]
 
     @property
     def wait_seconds(self) -> float:
@@ -102,36 +110,31 @@ class TrainLoader:
         files = [self._files.describe(i) for rank in ranks for i in self._order.rank_batch(*place, rank)]
         return ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
 
-    def _feed(self) -> Batch:
-        """The next batch for the pipeline to decode; called by DALI when it has room."""
-        epoch, step = divmod(self._cursor, self.steps_per_epoch)
-        self._ahead.append(self._cursor)
-        self._cursor += 1
+    def _batch(self, position: int) -> Batch:
+        """What a pipeline needs for the batch at a position counted over all epochs."""
+        epoch, step = divmod(position, self.steps_per_epoch)
         indices = self._order.rank_batch(epoch, step)
         on_gpu = self._device.type == "cuda"
         drawn = self._augmentation.draw(epoch, indices, self._shapes[indices], on_gpu=on_gpu)
         return handed_over(self._files, indices.tolist()), self._files.labels[indices], *drawn.values()
 
     def _receive(self, position: int) -> tuple[Tensor, Tensor]:
-        """The batch at a position counted over all epochs; after a jump, what was decoded ahead is dropped."""
-        if position not in self._ahead:
-            self._cursor = position
+        """The batch at a position counted over all epochs."""
         with self._wait:
-            outputs = self._run()
-            while self._ahead.popleft() != position:
-                outputs = self._run()
+            outputs = self._run(position)
         images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         images = images.to(self._dtype).permute(0, 3, 1, 2)
         return self._mixing.mix(images, labels, *divmod(position, self.steps_per_epoch))
 
-    def _run(self) -> tuple:  # type: ignore[type-arg]
+    def _run(self, position: int) -> tuple:  # type: ignore[type-arg]
         # On a GPU the outputs belong to torch's current stream: the host does not wait, and DALI reuses their memory
         # only after the work that the stream holds by then.
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        turn = self._turns[position % len(self._turns)]
         try:
-            return self._pipeline.run(stream)
+            return turn.run(position, stream)
         except RuntimeError as error:
-            steps = [divmod(position, self.steps_per_epoch) for position in self._ahead]
+            steps = [divmod(position, self.steps_per_epoch) for position in turn.ahead]
             indices = np.concatenate([np.empty(0, np.int64), *(self._order.rank_batch(*step) for step in steps)])
             raise undecodable_image(self._files, indices.tolist(), self._config, error) from None
 

@@ -11,7 +11,7 @@ from nvidia.dali.pipeline import DataNode, Pipeline
 
 from engine.augment import Augmentation
 from engine.data import DataConfig
-from engine.decode import Batch, build, encoded, evaluation_transform, fn, prefetch_depth, thread_count, types
+from engine.decode import Batch, build, encoded, evaluation_transform, fn, prefetch_depth, types
 from engine.image_check import output_type
 from engine.image_files import FileList
 
@@ -22,6 +22,7 @@ def train_pipeline(
     files: FileList,
     *,
     batch_size: int,
+    threads: int,
     device: torch.device,
     dtype: torch.dtype,
     exact_size: bool,
@@ -63,7 +64,7 @@ def train_pipeline(
     return build(
         graph,
         batch_size,
-        threads=thread_count(config),
+        threads=threads,
         prefetch=prefetch_depth(config, device),
         device=device,
         conditionals=augmentation.policy is not None or "on_cpu" in names,
