@@ -1,9 +1,9 @@
 """Compile all kernels for GPUs that need not be here, and hold them to a checked-in budget (budgets.json).
 
-Every kernel and shape class of the paper's Table 1, in training and in scoring: on an H100 with its table of tiles, on
-other GPUs of its generation and on an A100 by rule. Budgets belong to a Triton version; under another one only what
-must hold everywhere is checked: no spills, no stack, tensor cores in the 16-bit matrix products, shared memory within
-the GPU's. After a deliberate change:
+In bfloat16 every kernel and shape class of the paper's Table 1, in training and in scoring; float32 and float16, which
+have no table of tiles, for some of its blocks: on an H100 with its table, on other Hoppers and on an A100 by rule.
+Budgets belong to a Triton version; under another one only what must hold everywhere is checked: no spills, no stack,
+tensor cores in the 16-bit matrix products, shared memory within the GPU's. After a deliberate change:
 
     BSNAS_WRITE_BUDGETS=1 python -m pytest -n 0 tests/kernels/test_ahead_of_time.py
 """
