@@ -153,6 +153,8 @@ def pointwise_rule(
         return PointwiseConfig(64, block_n, 32 if float32 else 64, 4 if block_n <= 64 else 8, 3, 4)
     if operation == "project_backward":  # n: hidden, k: outputs (tiles of it)
         if float32:
+            if outer > 200:
+                return PointwiseConfig(16, 8, 32, 4, 1, 4)
             return PointwiseConfig(32 if outer <= 96 else 16, 16, min(narrow, 32), 8, 1, 4)
         if outer > 256:
             return PointwiseConfig(32, 64, 64, 8, 2, 2)

@@ -126,19 +126,10 @@ def measure(launch: Launch, found: Resources) -> dict[str, float]:
     return values
 
 
-def may_spill(of: Compiled) -> int:
-    """Loads and stores of spilled registers: none, but in float32 where a projection has more than 200 outputs.
-
-    Its weight gradients, and operands in two tf32 parts, fill the 255 registers of a thread; no tile has fewer.
-    """
-    outputs = of.launch.arguments.get("OUT_units", 0) * of.launch.arguments.get("ALIGN", 1)
-    return 12 if of.dtype == FP32 and of.launch.name == "project_backward_kernel" and outputs > 200 else 0
-
-
 def faults(name: str, of: Compiled, budget: dict[str, float] | None) -> Iterator[str]:
     """What is wrong with a launch once compiled; writes into the budget, if there is one to write."""
     found = compile_launch(of.launch, of.capability)
-    if found.spills > may_spill(of) or (found.stack and not found.spills):
+    if found.spills or found.stack:
         yield f"{name}: {found.spills} spills, a stack of {found.stack} bytes"
     if found.shared > of.gpu.shared_memory:
         yield f"{name}: {found.shared} bytes of shared memory"

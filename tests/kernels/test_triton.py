@@ -457,6 +457,12 @@ def test_block_in_16_bits(dtype: torch.dtype) -> None:
     compare_block(BlockShape(16, 48, 16, 3, 1), 8, (7, 7), dtype)
 
 
+@pytest.mark.parametrize(("outputs", "dtype"), [(208, torch.float32), (264, torch.bfloat16)])
+def test_block_with_many_outputs(outputs: int, dtype: torch.dtype) -> None:
+    """Their backward has tiles of its own."""
+    compare_block(BlockShape(16, 48, outputs, 3, 1), 4, (7, 7), dtype)
+
+
 def test_block_with_odd_widths() -> None:
     compare_block(BlockShape(5, 15, 7, 3, 1), 3, (5, 6), torch.float32)
 
