@@ -144,6 +144,7 @@ def faults(name: str, of: Compiled, budget: dict[str, float] | None) -> Iterator
             yield f"{name}: {what} {values[what]}, budget {value}"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("share", range(SHARES))
 def test_every_launch_compiles_without_spills_within_its_budget(share: int) -> None:
