@@ -9,7 +9,7 @@ CUDA ?= 13
 RUN ?= runs/digits
 VENV := .venv
 BIN := $(VENV)/bin
-# Every kernel for GPUs that need not be here: minutes on both cores, so no other file waits for it.
+# Compiles every kernel for sm_80 and sm_90. It takes minutes, and comes last so that both cores share it.
 COMPILED := tests/kernels/test_ahead_of_time.py
 INSTALLED := $(VENV)/.installed-cuda$(CUDA)
 

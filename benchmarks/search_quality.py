@@ -136,7 +136,7 @@ def won(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     return counts
 
 
-def against_shared(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def against_shared(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """How often the search under latency is more, as, and less accurate than the best of those under MACs limits that
     share as many evaluations, and by how much, with the mean's standard error over limits and seeds."""
     differences = []
@@ -148,32 +148,36 @@ def against_shared(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return summary(differences)
 
 
-def against_best_limit(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def against_best_limit(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The search under latency against one under the MACs limit that is best at its latency, with as many evaluations:
     how `against_shared` says it, for every latency and over all.
 
-    Which MACs limit is best is judged by the searches with the other seeds. Judged by the same ones, the best of five
-    would count its luck as accuracy.
+    Which MACs limit is best is judged by the searches with the other seeds, the lowest of equal ones; None with one
+    seed. Judged by the same ones, the best of five would count its luck as accuracy.
     """
+    if len({row["seed"] for row in rows}) < 2:
+        return None
     differences: dict[str, list[float]] = {}
     for limit in sorted({row["limit_ms"] for row in rows}):
         at = [row for row in rows if row["limit_ms"] == limit and row["searches"] == 1]
         top1 = {(row["searched"], row["seed"]): row.get("top1", 0.0) for row in at}
         under_latency = next(row["searched"] for row in at if "latency" in row["searched"])
-        under_macs = {searched for searched, _ in top1} - {under_latency}
+        under_macs = [
+            searched for searched in dict.fromkeys(row["searched"] for row in at) if searched != under_latency
+        ]
         seeds = sorted({seed for _, seed in top1})
         for seed in seeds:
             others = [other for other in seeds if other != seed]
-            best = max(under_macs, key=lambda searched: (sum(top1[searched, s] for s in others), searched))
+            best = max(under_macs, key=lambda searched: sum(top1[searched, s] for s in others))
             differences.setdefault(f"{limit:.4f} ms", []).append(top1[under_latency, seed] - top1[best, seed])
     return {name: summary(found) for name, found in differences.items()} | {
         "all": summary([d for found in differences.values() for d in found])
     }
 
 
-def summary(differences: Sequence[float]) -> dict[str, float]:
-    """How many are above, at and below zero, their mean and its standard error."""
-    spread = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+def summary(differences: Sequence[float]) -> dict[str, float | None]:
+    """How many are above, at and below zero, their mean and its standard error; None for that of one."""
+    spread = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
     signs = {
         "more": sum(d > 0 for d in differences),
         "as": list(differences).count(0),

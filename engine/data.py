@@ -74,7 +74,8 @@ class DataConfig:
     threads: int = 0
     """Decoding threads per process; 0 divides the available cores by the processes on this machine."""
     prefetch: int = 0
-    """Batches that a pipeline decodes ahead; 0 takes two on a CPU, which has two pipelines, three on a GPU."""
+    """Batches that a pipeline decodes ahead; 0 takes two on a CPU, three on a GPU. On a CPU two pipelines take turns
+    where there are two threads and two batches ahead."""
     cpu_decode_share: float = 0.0
     """GPU only: share of training images that the CPU decodes, where nvJPEG is the bottleneck and cores are idle."""
     cache_dir: str = "~/.cache/bsnas"

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.augment import Augmentation
 from engine.data import DataConfig
 from engine.decode import Batch, handed_over, undecodable_image
-from engine.decode_ahead import DecodeAhead, threads_in_turn
+from engine.decode_ahead import DecodeAhead, threads_per_pipeline
 from engine.errors import UserError
 from engine.image_files import FileList
 from engine.mixing import Mixing
@@ -84,8 +84,8 @@ class TrainLoader:
                 exact_size=exact_size,
             )
 
-        turns = threads_in_turn(config, self._device)
-        self._turns = [DecodeAhead(self._batch, partial(pipeline, threads), len(turns)) for threads in turns]
+        counts = threads_per_pipeline(config, self._device)
+        self._pipelines = [DecodeAhead(self._batch, partial(pipeline, threads), len(counts)) for threads in counts]
 
     @property
     def wait_seconds(self) -> float:
@@ -130,11 +130,11 @@ class TrainLoader:
         # On a GPU the outputs belong to torch's current stream: the host does not wait, and DALI reuses their memory
         # only after the work that the stream holds by then.
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        turn = self._turns[position % len(self._turns)]
+        pipeline = self._pipelines[position % len(self._pipelines)]
         try:
-            return turn.run(position, stream)
+            return pipeline.run(position, stream)
         except RuntimeError as error:
-            steps = [divmod(position, self.steps_per_epoch) for position in turn.ahead]
+            steps = [divmod(position, self.steps_per_epoch) for position in pipeline.ahead]
             indices = np.concatenate([np.empty(0, np.int64), *(self._order.rank_batch(*step) for step in steps)])
             raise undecodable_image(self._files, indices.tolist(), self._config, error) from None
 

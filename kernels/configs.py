@@ -153,7 +153,7 @@ def pointwise_rule(
         return PointwiseConfig(64, block_n, 32 if float32 else 64, 4 if block_n <= 64 else 8, 3, 4)
     if operation == "project_backward":  # n: hidden, k: outputs (tiles of it)
         if float32:
-            if outer > 200:
+            if outer > 200:  # the only tile without spills: sums and split operands of all outputs are in registers
                 return PointwiseConfig(16, 8, 32, 4, 1, 4)
             return PointwiseConfig(32 if outer <= 96 else 16, 16, min(narrow, 32), 8, 1, 4)
         if outer > 256:
@@ -224,6 +224,7 @@ def depthwise_rule(
 ) -> DepthwiseConfig:
     columns = _columns(out_width, (7, 4) if stride == 1 else (7, 4, 2))
     per_thread = 1 if kernel == 7 else 2
+    # Where the compiler spills some registers to fit one program more on a multiprocessor: kernel and stride.
     spilling = [(3, 1), (7, 2)] if dtype == torch.float16 else [(3, 1)] if before_hopper and dtype.itemsize == 2 else []
     return DepthwiseConfig(
         columns, 128 * per_thread // 16, 16, 4, registers=255 if (kernel, stride) in spilling else None

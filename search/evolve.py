@@ -51,7 +51,7 @@ class EvolveArguments:
     max_latency_ms: float | None = None
     """Most milliseconds of a batch, by a latency table of search/latency.py."""
     min_latency_ms: float | None = None
-    """Least milliseconds: where more time is allowed than the most accurate network found takes, spend it."""
+    """Least milliseconds of a batch: for a network that uses the time that --max-latency-ms allows."""
     max_activation_bytes: str | None = None
     """Most bytes of activations at once, for one image in fp32, as 4M."""
     objectives: tuple[str, ...] = ("top1",)

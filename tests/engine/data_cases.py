@@ -26,7 +26,8 @@ def write_image_folder(root: Path, sizes: tuple[tuple[int, int], ...] = ((61, 47
 
 
 def folder_config(root: Path, cache: Path, **changes: object) -> DataConfig:
-    """Configuration of such a folder: 24 pixels, two search-validation images per class, one decoding thread."""
+    """Configuration of such a folder: 24 pixels, two search-validation images per class, two pipelines of a
+    thread each."""
     settings: dict[str, object] = {
         "source": "folder",
         "path": str(root),
@@ -35,6 +36,6 @@ def folder_config(root: Path, cache: Path, **changes: object) -> DataConfig:
         "val_per_class": 2,
         "augment": "resized-crop",
         "flip": True,
-        "threads": 1,
+        "threads": 2,
     }
     return DataConfig(**(settings | changes))  # type: ignore[arg-type]

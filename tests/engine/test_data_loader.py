@@ -8,7 +8,7 @@ from nvidia.dali import pipeline_def
 from engine.augment import Augmentation
 from engine.data import DataConfig, open_dataset
 from engine.decode import fn
-from engine.decode_ahead import threads_in_turn
+from engine.decode_ahead import threads_per_pipeline
 from engine.errors import UserError
 from engine.evaluation_set import evaluation_set
 from engine.loader import TrainLoader
@@ -152,15 +152,29 @@ def test_ranks_together_see_the_pixels_of_one_process(place, world_size):
 @pytest.mark.parametrize("augment", ["resized-crop", "pad-crop", "none"])
 def test_one_seed_gives_the_same_pixels_for_any_threads_and_prefetch(place, augment):
     first = batches(loader_over(place, folder_config(*place, augment=augment, threads=1)))
-    for threads, prefetch in ((2, 1), (3, 4)):  # from two on, two pipelines decode in turn
+    for threads, prefetch in ((2, 1), (2, 2), (3, 4)):  # the last two with two pipelines
         config = folder_config(*place, augment=augment, threads=threads, prefetch=prefetch)
         assert_equal(first, batches(loader_over(place, config)))
 
 
 def test_threads_are_halved_between_two_pipelines_on_a_cpu():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [threads_in_turn(DataConfig(threads=n), cpu) for n in (1, 2, 5)] == [[1], [1, 1], [3, 2]]
-    assert threads_in_turn(DataConfig(threads=5), gpu) == [5]
+    assert [threads_per_pipeline(DataConfig(threads=n), cpu) for n in (1, 2, 5)] == [[1], [1, 1], [3, 2]]
+    assert threads_per_pipeline(DataConfig(threads=5), gpu) == [5]
+    assert threads_per_pipeline(DataConfig(threads=5, prefetch=1), cpu) == [5], "one would wait for the other"
+
+
+def test_nothing_that_was_decoded_ahead_is_lost_between_epochs(place, monkeypatch):
+    asked = []
+    batch = TrainLoader._batch
+    monkeypatch.setattr(
+        TrainLoader, "_batch", lambda self, position: (asked.append(position), batch(self, position))[1]
+    )
+    loader = loader_over(place, batch_size=9)
+    assert loader.steps_per_epoch % 2, "so that epochs begin with either pipeline"
+    for epoch in range(3):
+        batches(loader, epoch)
+    assert len(asked) == len(set(asked)) <= 3 * loader.steps_per_epoch + 4
 
 
 @pytest.mark.parametrize(("epoch", "start"), [(0, 3), (1, 0), (1, 5), (4, 2)])

@@ -13,7 +13,8 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -28,6 +29,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from benchmarks.kernel_bytes import bytes_moved
 from benchmarks.mean_path import CLUSTERS, SEPARABLE, STEM, TAIL, PlacedBlock, mean_path, table_shapes
+from kernels import configs
 from kernels.ahead_of_time import (
     Launch,
     Resources,
@@ -58,8 +60,13 @@ SHARES = 24
 BATCH = 256
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-TABLE = [*mean_path(), *table_shapes()]  # every kernel size and stride, and every width
-SOME = [*mean_path()[2:7], mean_path()[-1]]  # every kernel size and stride, large maps and wide weights
+LARGE_KERNELS = {  # one block for each kernel size, stride and map; table_shapes has kernel 3
+    (kernel, shape.stride, size): PlacedBlock(replace(shape, kernel=kernel), size)
+    for kernel in (5, 7)
+    for shape, size in table_shapes()
+}
+TABLE = [*mean_path(), *table_shapes(), *LARGE_KERNELS.values()]
+SOME = [*mean_path()[2:7], LARGE_KERNELS[5, 2, 28], mean_path()[-1]]  # every kernel size and stride, narrow and wide
 COMPILED = [
     (90, H100, BF16, TABLE),
     (90, HOPPER, BF16, TABLE),
@@ -116,7 +123,6 @@ def measure(launch: Launch, found: Resources) -> dict[str, float]:
     values: dict[str, float] = {
         "registers": found.registers,
         "shared": found.shared,
-        "stack": found.stack,
         "instructions": found.instructions,
     }
     if launch.name.startswith("depthwise_forward"):
@@ -148,6 +154,7 @@ def faults(name: str, of: Compiled, budget: dict[str, float] | None) -> Iterator
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("share", range(SHARES))
 def test_every_launch_compiles_without_spills_within_its_budget(share: int) -> None:
+    assert not (WRITE and "PYTEST_XDIST_WORKER" in os.environ), "several processes would write one file; use -n 0"
     every = compiled()
     table: dict[str, dict[str, dict[str, float]]] = json.loads(BUDGETS.read_text())
     if WRITE:
@@ -175,6 +182,28 @@ def as_lines(table: dict[str, dict[str, dict[str, float]]]) -> str:
         for version, rows in table.items()
     ]
     return "{" + ",\n".join(versions) + "}\n"
+
+
+def test_every_entry_of_the_tables_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever class a table names is one that the launches above look up."""
+    asked = set()
+    classes = {"pointwise_class": configs.pointwise_class, "depthwise_class": configs.depthwise_class}
+    for name, original in classes.items():
+
+        def recorded(*args: object, original: Callable[..., str] = original) -> str:
+            asked.add(found := original(*args))
+            return found
+
+        monkeypatch.setattr(configs, name, recorded)
+    tables = {path.stem: json.loads(path.read_text()) for path in configs.DIRECTORY.glob("*.json")}
+    for name, table in tables.items():
+        for _, gpu, dtype, blocks in COMPILED:
+            if gpu.name == name:
+                with meta_tensors_stand_for(gpu):
+                    list(launches(dtype, blocks))
+        named = {shape_class for entries in table.values() for shape_class in entries}
+        assert len(named) > 50
+        assert named <= asked, (name, named - asked)
 
 
 def test_every_kernel_is_compiled() -> None:

@@ -264,6 +264,8 @@ def test_a_latency_has_both_ends(tmp_path):
     arguments = EvolveArguments(run=tmp_path, min_latency_ms=0.9, max_latency_ms=1.0)
     assert arguments.limits() == (Limit("latency_ms", 0.9, 1.0),)
     assert EvolveArguments(run=tmp_path, min_latency_ms=0.9).limits() == (Limit("latency_ms", 0.9),)
+    with pytest.raises(UserError, match="latency_ms from 2 to 1 is empty; the lower limit must not exceed the upper"):
+        EvolveArguments(run=tmp_path, min_latency_ms=2.0, max_latency_ms=1.0).limits()
 
 
 def test_lists_are_written_with_spaces_or_commas(tmp_path):
@@ -285,6 +287,7 @@ def test_the_best_macs_limit_is_judged_by_the_other_seeds():
     assert found["all"] == found["1.0000 ms"]
     assert (found["all"]["more"], found["all"]["as"], found["all"]["less"]) == (3, 0, 0)
     assert found["all"]["mean"] == pytest.approx(0.4 / 3)
+    assert against_best_limit([row for row in rows if row["seed"] == 0]) is None, "no other seed can judge"
     nothing = [{**row, "why": "nothing is fast enough"} for row in rows]
     for row in nothing:
         if row["searched"] == "macs <= 2M":
