@@ -180,7 +180,7 @@ def summary(differences: Sequence[float]) -> dict[str, float | None]:
     spread = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
     signs = {
         "more": sum(d > 0 for d in differences),
-        "as": list(differences).count(0),
+        "as": sum(d == 0 for d in differences),
         "less": sum(d < 0 for d in differences),
     }
     return {**signs, "mean": statistics.mean(differences), "standard_error": spread}

@@ -35,26 +35,22 @@ class DecodeAhead:
         """`batch(position)` is what to decode; `pipeline(source)` makes the pipeline that calls `source()` for it."""
         self._batch, self._stride = batch, stride
         self._next = 0
-        self._handed: deque[int] = deque()  # positions given to the pipeline and not yet received
+        self.ahead: deque[int] = deque()
+        """Positions given to the pipeline and not yet received."""
         self._pipeline = pipeline(self._source)
-
-    @property
-    def ahead(self) -> list[int]:
-        """Positions of the batches that the pipeline has."""
-        return list(self._handed)
 
     def run(self, position: int, stream: torch.cuda.Stream | None) -> tuple:  # type: ignore[type-arg]
         """The outputs for the batch at a position; after a jump, what was decoded ahead is dropped."""
-        if position not in self._handed:
+        if position not in self.ahead:
             self._next = position
         outputs = self._pipeline.run(stream)
-        while self._handed.popleft() != position:
+        while self.ahead.popleft() != position:
             outputs = self._pipeline.run(stream)
         return outputs
 
     def _source(self) -> Batch:
         """Called by DALI when it has room."""
         position = self._next
-        self._handed.append(position)
+        self.ahead.append(position)
         self._next += self._stride
         return self._batch(position)
