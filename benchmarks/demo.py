@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from engine.preemption import EXIT_CONTINUE, GRACE_SECONDS, Preempted, handle_signals
+from bsnas.engine.host.preemption import EXIT_CONTINUE, GRACE_SECONDS, Preempted, handle_signals
 
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from engine.cli import parse, write_figures
-from engine.errors import UserError, run
-from engine.metrics import duration
-from engine.run_facts import RunFacts
-from engine.rundir import RunDir, read_json
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.runs.facts import RunFacts
+from bsnas.engine.runs.rundir import RunDir, read_json
+from bsnas.engine.training.metrics import duration
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,25 +9,28 @@ that stops as soon as a model's third is certain. Then both decide what the step
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import provenance
-from engine.cli import parse, write_figures
-from engine.distributed import Process, start_process
-from engine.early_decisions import Place, Quotas, places_of
-from engine.errors import UserError, run
-from engine.evaluate import Evaluator
-from engine.rundir import RunDir, read_json
-from engine.shrink import importance, shrink
-from engine.space import Arch, Space
-from engine.step_scores import StepScores, score_thirds
-from engine.trained_run import TrainedRun
+from bsnas.benchmarks.parts.timing.provenance import provenance
+from bsnas.engine.evaluation.early_decisions import Place, Quotas, places_of
+from bsnas.engine.evaluation.evaluator import Evaluator
+from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.distributed import Process, start_process
+from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.runs.rundir import RunDir, read_json
+from bsnas.engine.space.shrink import importance, shrink
+from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.training.step_scores import StepScores, score_thirds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,20 +11,23 @@ proportional to the number of models; contenders take turns in every repeat, and
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.evaluation_case import TRAINING_IMAGES, full_space, load_images, shrunk_space, trained_supernet
-from benchmarks.evaluation_measure import Case, measure_case
-from benchmarks.provenance import provenance
-from engine.cli import parse, write_figures
-from engine.errors import UserError, run
+from bsnas.benchmarks.parts.scoring.case import TRAINING_IMAGES, full_space, load_images, shrunk_space, trained_supernet
+from bsnas.benchmarks.parts.scoring.measure import Case, measure_case
+from bsnas.benchmarks.parts.timing.provenance import provenance
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.errors import UserError, run
 
 CaseName = Literal["full-36", "full-360", "full-1000", "shrunk-36", "shrunk-360", "shrunk-1000"]
 
@@ -87,7 +90,7 @@ def main() -> None:
         figures = {**provenance(), "device": _device_name(device), "torch": torch.__version__, "cases": rows}
         write_figures(arguments.json, figures)
     if arguments.plot is not None:
-        from benchmarks.evaluation_plot import plot
+        from bsnas.benchmarks.parts.scoring.plot import plot
 
         plot(rows, arguments.plot)
 

@@ -15,9 +15,12 @@ from L2 while a neighbour has just read them.
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 import argparse
 import json
@@ -26,8 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.mean_path import mean_path
-from kernels import BlockShape
+from bsnas.benchmarks.parts.kernel.mean_path import mean_path
+from bsnas.kernels import BlockShape
 
 ACTIVATIONS = {"x", "y", "z", "y1", "y2", "y3", "grad", "dz2", "dx", "residual", "shortcut", "out"}
 """Kernel arguments of which every byte must move; the others are weights, statistics and partial sums."""
@@ -91,7 +94,7 @@ def level_c_bytes(shape: BlockShape, batch: int, size: int, itemsize: int) -> in
 
 def count(batch: int, resolution: int, kernels: bool) -> list[dict[str, Any]]:
     """A row per block, after those of its kernels where asked for."""
-    from kernels.ahead_of_time import block_launches
+    from bsnas.kernels.tools.ahead_of_time import block_launches
 
     rows = []
     for index, (shape, size) in enumerate(mean_path(resolution)):

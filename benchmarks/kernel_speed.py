@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_speed.py --json speed.json
 
-On a GPU: bf16, 256 images of 224x224 through the mean path of the paper's Table 1 (benchmarks/mean_path.py), eager,
+On a GPU: bf16, 256 images of 224x224 through the mean path of the paper's Table 1 (benchmarks/parts/kernel/mean_path.py), eager,
 torch.compile and the Triton kernels, launched one by one and as one CUDA graph. On a CPU: 64 images of 64x64 through
 the same blocks in every precision and layout that eager PyTorch offers, compiled and not, against the oneDNN backend;
 and folded blocks against eager ones, first with glibc's own allocator setting, then with the one of training, so that
@@ -11,9 +11,12 @@ appended to benchmarks/results/. Compiled contenders take minutes to start the f
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 import argparse
 import functools
@@ -27,11 +30,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.kernel_bytes import bytes_moved
-from benchmarks.mean_path import SEPARABLE, STEM, TAIL, PathNetwork, PlacedBlock, mean_path
-from benchmarks.timing import RESULTS, alternating_milliseconds, append_rows, device_milliseconds, provenance, quantiles
-from engine.memory import keep_freed_memory
-from kernels import BlockShape, BlockWeights, inference, inverted_residual, set_backend
+from bsnas.benchmarks.kernel_bytes import bytes_moved
+from bsnas.benchmarks.parts.kernel.mean_path import SEPARABLE, STEM, TAIL, PathNetwork, PlacedBlock, mean_path
+from bsnas.benchmarks.parts.timing.turns import (
+    RESULTS,
+    alternating_milliseconds,
+    append_rows,
+    device_milliseconds,
+    provenance,
+    quantiles,
+)
+from bsnas.engine.evaluation.memory import keep_freed_memory
+from bsnas.kernels import BlockShape, BlockWeights, inference, inverted_residual, set_backend
 
 LEVEL_C_IMAGES_PER_S = 33_800
 """Floor of a training step of the mean path on an H100, bf16, if only raw convolution outputs reach memory."""
@@ -41,7 +51,7 @@ LEVEL_C_IMAGES_PER_S = 33_800
 
 
 def time_kernels(blocks: list[PlacedBlock], batch: int, copy_gb_s: float) -> list[dict[str, Any]]:
-    from kernels.ahead_of_time import recorded_launches
+    from bsnas.kernels.tools.ahead_of_time import recorded_launches
 
     rows = []
     for index, (shape, size) in enumerate(blocks):
@@ -64,7 +74,7 @@ def time_kernels(blocks: list[PlacedBlock], batch: int, copy_gb_s: float) -> lis
 
 def network_launches(batch: int, resolution: int) -> list[Any]:
     """All launches of a training step, for compiling them in parallel before the first one."""
-    from kernels.ahead_of_time import block_launches, tail_launches
+    from bsnas.kernels.tools.ahead_of_time import block_launches, tail_launches
 
     blocks = mean_path(resolution)
     launches = block_launches(BlockShape(STEM, STEM, SEPARABLE, 3, 1), batch, resolution // 2, torch.bfloat16, False)
@@ -440,7 +450,7 @@ def main() -> None:
     freed_memory = "kept"
 
     if cuda:
-        from kernels.ahead_of_time import fill_cache
+        from bsnas.kernels.tools.ahead_of_time import fill_cache
 
         major, minor = torch.cuda.get_device_capability()
         for images_ in (batch, 32, 16):  # 32 and 16: the checks

@@ -14,32 +14,35 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
-from engine.preemption import handle_signals
+from bsnas.engine.host.preemption import handle_signals
 
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
 import torch
 
-from benchmarks.latency_engines import engines_ahead
-from benchmarks.latency_report import plot_latency, show
-from benchmarks.latency_rows import Effort, Network, measure_rows
-from benchmarks.provenance import provenance
-from benchmarks.timing import write_csv
-from engine.chosen_network import choose_network
-from engine.cli import parse, write_figures
-from engine.errors import UserError, run
-from engine.journal import recorded
-from engine.onnx_export import Precision
-from engine.rundir import RunDir, write_json
-from search.backends import BACKENDS, Model
-from search.backends.tensorrt import RTX_TARGETS
+from bsnas.benchmarks.parts.timing.latency_engines import engines_ahead
+from bsnas.benchmarks.parts.timing.latency_report import plot_latency, show
+from bsnas.benchmarks.parts.timing.latency_rows import Effort, Network, measure_rows
+from bsnas.benchmarks.parts.timing.provenance import provenance
+from bsnas.benchmarks.parts.timing.turns import write_csv
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.release.chosen import choose_network
+from bsnas.engine.release.onnx import Precision
+from bsnas.engine.runs.commands import recorded
+from bsnas.engine.runs.rundir import RunDir, write_json
+from bsnas.search.backends import BACKENDS, Model
+from bsnas.search.backends.tensorrt import RTX_TARGETS
 
 PEERS = ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "mnasnet1_0")
 

@@ -5,13 +5,16 @@
 
 The kernels are compiled for an H100, and a stand-in takes the place of the driver, so this needs no GPU: what is timed
 is what Python does before the driver's own launch. `host code` allocates outputs and chooses tiles; `Triton` adds its
-own search for the compiled kernel, `cached` that of kernels/launch.py.
+own search for the compiled kernel, `cached` that of kernels/gpu/launch.py.
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 import argparse
 import time
@@ -21,12 +24,12 @@ from unittest import mock
 
 import torch
 
-from benchmarks.provenance import provenance
-from engine.cli import write_figures
-from kernels.ahead_of_time import block_step
-from kernels.block import BlockShape
-from kernels.launch import CachedLaunches
-from kernels.stand_in import stand_in_driver
+from bsnas.benchmarks.parts.timing.provenance import provenance
+from bsnas.engine.host.cli import write_figures
+from bsnas.kernels.block import BlockShape
+from bsnas.kernels.gpu.launch import CachedLaunches
+from bsnas.kernels.tools.ahead_of_time import block_step
+from bsnas.kernels.tools.stand_in import stand_in_driver
 
 SHAPE, BATCH, SIZE = BlockShape(40, 240, 40, 5, 1), 4, 14
 REPEATS = 300

@@ -4,7 +4,7 @@ python benchmarks/loader.py
 python benchmarks/loader.py --cases photographs --rounds 9 --json loader.json
 
 On the CPU, in one run and on the same cores: every contender has as many threads or workers as there are cores. The
-photographs are generated (see benchmarks/photographs.py); the resized copy is the one that engine/prepare.py --resize
+photographs are generated (see benchmarks/parts/loading/photographs.py); the resized copy is the one that engine/prepare.py --resize
 256 writes. Contenders take turns in every round; figures are medians over rounds, ratios are taken within a round.
 """
 
@@ -14,24 +14,28 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import loader_contenders, loader_peers
-from benchmarks.loader_contenders import Contender
-from benchmarks.photographs import write_photographs, write_resized
-from benchmarks.provenance import provenance
-from engine.cli import parse, write_figures
-from engine.data import DataConfig, open_dataset
-from engine.errors import UserError, run
-from engine.image_files import FileList
+from bsnas.benchmarks.parts.loading import contenders as loader_contenders
+from bsnas.benchmarks.parts.loading import peers as loader_peers
+from bsnas.benchmarks.parts.loading.contenders import Contender
+from bsnas.benchmarks.parts.loading.photographs import write_photographs, write_resized
+from bsnas.benchmarks.parts.timing.provenance import provenance
+from bsnas.engine.data.dataset import DataConfig, open_dataset
+from bsnas.engine.data.file_list import FileList
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.errors import UserError, run
 
 CONTENDERS: dict[str, Callable[[FileList, DataConfig, int], Contender]] = {
     "ours": loader_contenders.ours,

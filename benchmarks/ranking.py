@@ -12,27 +12,30 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.agreement import agreement
-from benchmarks.provenance import provenance
-from benchmarks.trained_alone import TrainedAlone
-from engine.cli import parse, write_figures
-from engine.config import SafetyConfig
-from engine.cost import CostModel
-from engine.distributed import Process, start_process
-from engine.errors import UserError, run
-from engine.journal import recorded
-from engine.rundir import RunDir, write_json
-from engine.sampling import uniform_arch
-from engine.space import Arch, Space
-from engine.trained_run import TrainedRun
+from bsnas.benchmarks.parts.study.agreement import agreement
+from bsnas.benchmarks.parts.study.trained_alone import TrainedAlone
+from bsnas.benchmarks.parts.timing.provenance import provenance
+from bsnas.engine.config import SafetyConfig
+from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.distributed import Process, start_process
+from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.runs.commands import recorded
+from bsnas.engine.runs.rundir import RunDir, write_json
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.sampling import uniform_arch
+from bsnas.engine.space.space import Arch, Space
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,27 +21,30 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 
-from benchmarks.provenance import provenance
-from engine.cli import parse, write_figures
-from engine.distributed import start_process
-from engine.errors import UserError, run
-from engine.space import Space
-from engine.trained_run import TrainedRun
-from search.constraints import Limit
-from search.costs import constraints_for, cost_ranges
-from search.evolution import Candidate, Evaluate, EvolutionConfig, evolve, ranked
-from search.finalists import NOISE, LatencyTable, measured_ms
-from search.latency_model import find_model
-from search.nsga2 import evolve_front, hypervolume, pareto_front
-from search.sampler import Sampler
+from bsnas.benchmarks.parts.timing.provenance import provenance
+from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.distributed import start_process
+from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.space.space import Space
+from bsnas.search.algorithms.evolution import Candidate, Evaluate, EvolutionConfig, evolve, ranked
+from bsnas.search.algorithms.nsga2 import evolve_front, hypervolume, pareto_front
+from bsnas.search.algorithms.sampler import Sampler
+from bsnas.search.costs.constraints import Limit
+from bsnas.search.costs.costs import constraints_for, cost_ranges
+from bsnas.search.latency_tables.model import find_model
+from bsnas.search.runs.finalists import NOISE, LatencyTable, measured_ms
 
 
 @dataclass(frozen=True, kw_only=True)

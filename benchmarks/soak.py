@@ -15,16 +15,19 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
-from benchmarks import soak_parts
-from benchmarks.provenance import provenance
-from benchmarks.soak_pipeline import Pipelines, Report
-from engine.cli import parse, write_figures
-from engine.errors import UserError, run
+from bsnas.benchmarks.parts.faults import soak_parts
+from bsnas.benchmarks.parts.faults.soak_pipeline import Pipelines, Report
+from bsnas.benchmarks.parts.timing.provenance import provenance
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.errors import UserError, run
 
 PartName = Literal["kills", "terms", "damage", "disk", "ranks", "nan", "mutations", "stall"]
 ALL: tuple[PartName, ...] = ("mutations", "stall", "nan", "disk", "ranks", "damage", "terms", "kills")

@@ -14,38 +14,41 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
-from engine.preemption import handle_signals
+from bsnas.engine.host.preemption import handle_signals
 
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
 from rich.console import Console
 
-from benchmarks.provenance import provenance
-from benchmarks.ranking import spread_over
-from benchmarks.study_baselines import BASELINES, Setting
-from benchmarks.study_cells import CELLS, Cell, StudyPreset, base_config
-from benchmarks.study_measure import Pool, measure_supernet
-from benchmarks.study_tables import Results, write_tables
-from benchmarks.trained_alone import TrainedAlone
-from engine.cli import parse, write_figures
-from engine.config import RunConfig, SafetyConfig, to_json
-from engine.cost import CostModel
-from engine.data import open_dataset
-from engine.distributed import Process, entered_by_main, on_main, start_process
-from engine.errors import UserError, run
-from engine.journal import recorded
-from engine.rundir import RunDir, read_json, write_json
-from engine.sampling import uniform_arch
-from engine.trained_run import TrainedRun
-from engine.trainer import SupernetTrainer
-from search.constraints import Limit, parse_count
-from search.evolution import EvolutionConfig
+from bsnas.benchmarks.parts.study.baselines import BASELINES, Setting
+from bsnas.benchmarks.parts.study.cells import CELLS, Cell, StudyPreset, base_config
+from bsnas.benchmarks.parts.study.measure import Pool, measure_supernet
+from bsnas.benchmarks.parts.study.tables import Results, write_tables
+from bsnas.benchmarks.parts.study.trained_alone import TrainedAlone
+from bsnas.benchmarks.parts.timing.provenance import provenance
+from bsnas.benchmarks.ranking import spread_over
+from bsnas.engine.config import RunConfig, SafetyConfig, to_json
+from bsnas.engine.data.dataset import open_dataset
+from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.distributed import Process, entered_by_main, on_main, start_process
+from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.runs.commands import recorded
+from bsnas.engine.runs.rundir import RunDir, read_json, write_json
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.sampling import uniform_arch
+from bsnas.engine.training.supernet import SupernetTrainer
+from bsnas.search.algorithms.evolution import EvolutionConfig
+from bsnas.search.costs.constraints import Limit, parse_count
 
 NAMES = (*(cell.name for cell in CELLS), *BASELINES)
 

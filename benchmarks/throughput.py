@@ -5,7 +5,7 @@ python benchmarks/throughput.py --preset digits --batch-size 64 --rounds 9 --jso
 python benchmarks/throughput.py --path /data/imagenet --batches fresh
 
 The trainer of a preset runs rounds of paths with its loader and with a batch that is in memory already, in turns.
-Without --path, the imagenet preset gets generated photographs (benchmarks/photographs.py). images_per_s counts
+Without --path, the imagenet preset gets generated photographs (benchmarks/parts/loading/photographs.py). images_per_s counts
 forward-backward passes over images; ratios are taken within a turn, figures are medians over turns, which swap their
 order each time.
 """
@@ -16,27 +16,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 from torch import Tensor
 
-from benchmarks.photographs import write_photographs
-from benchmarks.provenance import provenance
-from engine.cli import parse, write_figures
-from engine.config import RunConfig, SafetyConfig
-from engine.data import open_dataset
-from engine.distributed import Process, start_process
-from engine.errors import UserError, run
-from engine.metrics import Meter
-from engine.presets import preset
-from engine.rundir import RunDir
-from engine.trainer import SupernetTrainer
+from bsnas.benchmarks.parts.loading.photographs import write_photographs
+from bsnas.benchmarks.parts.timing.provenance import provenance
+from bsnas.engine.config import RunConfig, SafetyConfig
+from bsnas.engine.data.dataset import open_dataset
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.distributed import Process, start_process
+from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.presets import preset
+from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.training.metrics import Meter
+from bsnas.engine.training.supernet import SupernetTrainer
 
 PHOTOGRAPHS = 512
 HELD = 8

@@ -8,9 +8,12 @@ Classes are visited from the largest on, so that a run that hits its time limit 
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 import argparse
 import functools
@@ -25,19 +28,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.mean_path import PlacedBlock, mean_path, table_shapes
-from benchmarks.timing import device_milliseconds
-from kernels import configs
-from kernels.ahead_of_time import compile_launch, recorded_launches, specialisation
-from kernels.configs import DepthwiseConfig, PointwiseConfig
-from kernels.triton_depthwise import depthwise_backward, depthwise_forward, output_size
-from kernels.triton_pointwise import (
+from bsnas.benchmarks.parts.kernel.mean_path import PlacedBlock, mean_path, table_shapes
+from bsnas.benchmarks.parts.timing.turns import device_milliseconds
+from bsnas.kernels.gpu import configs
+from bsnas.kernels.gpu.configs import DepthwiseConfig, PointwiseConfig
+from bsnas.kernels.gpu.depthwise import depthwise_backward, depthwise_forward, output_size
+from bsnas.kernels.gpu.pointwise import (
     expand_backward_fused,
     input_gradient,
     pointwise_forward,
     project_backward,
     weight_gradient,
 )  # fmt: skip
+from bsnas.kernels.tools.ahead_of_time import compile_launch, recorded_launches, specialisation
 
 
 class Case(NamedTuple):

@@ -18,10 +18,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from engine.prefix_tree import PrefixTree
-from engine.sampling import fair_round
-from engine.shrink import importance, shrink
-from engine.space import Arch, BlockOp, Cluster, Space
+from bsnas.engine.evaluation.tree import PrefixTree
+from bsnas.engine.space.sampling import fair_round
+from bsnas.engine.space.shrink import importance, shrink
+from bsnas.engine.space.space import Arch, BlockOp, Cluster, Space
 
 OUT = ROOT / "docs/img"
 INK, MUTED, LINE, PAPER = "#1b1f24", "#59636e", "#b6bec7", "#ffffff"

@@ -21,8 +21,8 @@ sys.path[0] = str(ROOT)
 
 import tyro
 
-from engine.console import ConsoleOptions
-from engine.presets import PRESETS
+from bsnas.engine.host.console import ConsoleOptions
+from bsnas.engine.presets import PRESETS
 
 PAGE = ROOT / "docs/options.md"
 SCRIPTS = (

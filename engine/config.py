@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from engine.data import DataConfig
-from engine.errors import UserError
-from engine.space import Space
-from engine.supernet import Sharing
+from bsnas.engine.data.dataset import DataConfig
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.networks.supernet import Sharing
+from bsnas.engine.space.space import Space
 
 Config = TypeVar("Config")
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -12,22 +12,24 @@ from search-validation images.
 import json
 import sys
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
-from engine.preemption import handle_signals
+from bsnas.engine.host.preemption import handle_signals
 
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
-from engine.chosen_network import ChosenNetwork, choose_network
-from engine.cli import parse, write_figures
-from engine.cost import CostModel
-from engine.errors import UserError, run
-from engine.journal import recorded
-from engine.onnx_export import (
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.release.chosen import ChosenNetwork, choose_network
+from bsnas.engine.release.int8 import Calibration
+from bsnas.engine.release.onnx import (
     Input,
     OnnxFormat,
     Precision,
@@ -37,8 +39,9 @@ from engine.onnx_export import (
     torch_logits,
     typed_logits,
 )
-from engine.onnx_int8 import Calibration
-from engine.rundir import RunDir
+from bsnas.engine.runs.commands import recorded
+from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.space.cost import CostModel
 
 MOST_LOST = 0.5
 """Points of top-1 that a precision may lose before it is said."""

@@ -12,20 +12,23 @@ goes to --data.path of engine/train.py; images that are neither resized nor in a
 import os
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
-from engine.cli import parse, write_figures
-from engine.console import hide_libraries
-from engine.errors import UserError, run
-from engine.formats.open_source import SourceFormat, open_source
-from engine.picture_sheet import class_sheet
-from engine.preparing import QUARANTINE, Preparation, Prepared, prepare, summary
-from engine.quarantine import describe
-from engine.split import is_count_or_share
-from engine.stored_images import Resizing
+from bsnas.engine.data.checking.quarantine import describe
+from bsnas.engine.data.picture_sheet import class_sheet
+from bsnas.engine.data.preparing.formats.open_source import SourceFormat, open_source
+from bsnas.engine.data.preparing.prepare import QUARANTINE, Preparation, Prepared, prepare, summary
+from bsnas.engine.data.preparing.stored_images import Resizing
+from bsnas.engine.data.split import is_count_or_share
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.console import hide_libraries
+from bsnas.engine.host.errors import UserError, run
 
 SHEET = "samples.png"
 

@@ -3,10 +3,17 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from engine.config import EvaluationConfig, OptimizerConfig, RetrainConfig, RunConfig, SamplingConfig, ShrinkConfig
-from engine.data import DataConfig
-from engine.errors import UserError
-from engine.space import Cluster, Space
+from bsnas.engine.config import (
+    EvaluationConfig,
+    OptimizerConfig,
+    RetrainConfig,
+    RunConfig,
+    SamplingConfig,
+    ShrinkConfig,
+)
+from bsnas.engine.data.dataset import DataConfig
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.space.space import Cluster, Space
 
 
 def searched_cluster(blocks: int, channels: tuple[int, ...], stride: int) -> Cluster:

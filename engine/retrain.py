@@ -8,33 +8,36 @@ Without --arch it takes the best architecture of the latest search. A training t
 
 import sys
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
-from engine.preemption import handle_signals
+from bsnas.engine.host.preemption import handle_signals
 
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
 import torch
 
-from engine.chosen_network import network_file
-from engine.cli import load_deepspeed_overrides, parse, write_figures
-from engine.config import RetrainConfig, RunConfig, SafetyConfig
-from engine.cost import CostModel
-from engine.distributed import Process, entered_by_main, on_main, start_process
-from engine.errors import UserError, run
-from engine.evaluation_set import evaluation_set
-from engine.journal import recorded
-from engine.kernel_choice import force_kernels
-from engine.network_file import load_network, save_network
-from engine.rundir import RunDir, read_json, write_json
-from engine.space import Arch
-from engine.standalone import StandaloneTrainer, measure_accuracy, request_file
-from engine.subnet import Subnet, release
-from engine.trained_run import TrainedRun
+from bsnas.engine.config import RetrainConfig, RunConfig, SafetyConfig
+from bsnas.engine.data.loading.evaluation_set import evaluation_set
+from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.host.cli import load_deepspeed_overrides, parse, write_figures
+from bsnas.engine.host.distributed import Process, entered_by_main, on_main, start_process
+from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.kernel_choice import force_kernels
+from bsnas.engine.networks.subnet import Subnet, release
+from bsnas.engine.release.chosen import network_file
+from bsnas.engine.release.network_file import load_network, save_network
+from bsnas.engine.runs.commands import recorded
+from bsnas.engine.runs.rundir import RunDir, read_json, write_json
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.space import Arch
+from bsnas.engine.training.network import StandaloneTrainer, measure_accuracy, request_file
 
 
 @dataclass(frozen=True, kw_only=True)

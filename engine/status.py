@@ -11,14 +11,17 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
-from engine.cli import parse, write_figures
-from engine.errors import run
-from engine.run_facts import Row, RunFacts, ago
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.errors import run
+from bsnas.engine.runs.facts import Row, RunFacts, ago
 
 STALE_SECONDS = 120
 """After this time without a note, the line says how old the last one is."""

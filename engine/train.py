@@ -7,28 +7,31 @@ deepspeed engine/train.py --run runs/digits --resume
 
 import sys
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
-from engine.preemption import handle_signals
+from bsnas.engine.host.preemption import handle_signals
 
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
 import tyro
 
-from engine.cli import load_deepspeed_overrides, option, parse, write_figures
-from engine.config import RunConfig, SafetyConfig
-from engine.data import open_dataset
-from engine.distributed import entered_by_main, on_main, start_process
-from engine.errors import run
-from engine.journal import recorded
-from engine.kernel_choice import force_kernels
-from engine.presets import at_channels, at_resolution, preset
-from engine.rundir import RunDir
-from engine.trainer import SupernetTrainer
+from bsnas.engine.config import RunConfig, SafetyConfig
+from bsnas.engine.data.dataset import open_dataset
+from bsnas.engine.host.cli import load_deepspeed_overrides, option, parse, write_figures
+from bsnas.engine.host.distributed import entered_by_main, on_main, start_process
+from bsnas.engine.host.errors import run
+from bsnas.engine.host.kernel_choice import force_kernels
+from bsnas.engine.presets import at_channels, at_resolution, preset
+from bsnas.engine.runs.commands import recorded
+from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.training.supernet import SupernetTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ def _starting_config(argv: list[str]) -> RunConfig:
 
 def show_augmented(config: RunConfig, target: Path) -> None:
     """A grid: each row an image of the training set as it is and as training sees it in seven epochs."""
-    from engine.show import write_augmented
+    from bsnas.engine.data.loading.show import write_augmented
 
     write_augmented(open_dataset(config.data).train, config.data, config.seed, target)
     print(f"augmented training images are in {target}")

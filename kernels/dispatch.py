@@ -8,8 +8,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from kernels import graphs, native, onednn_block, reference
-from kernels.block import BlockShape, BlockWeights, check_slice
+from bsnas.kernels import graphs, reference
+from bsnas.kernels.block import BlockShape, BlockWeights, check_slice
+from bsnas.kernels.cpu import block as onednn_block
+from bsnas.kernels.cpu import native
 
 Backend = Literal["reference", "triton", "onednn"]
 Norms = tuple[nn.BatchNorm2d | None, nn.BatchNorm2d, nn.BatchNorm2d]
@@ -115,7 +117,7 @@ def inverted_residual(
     check_slice(weights, shape, x.shape[1])
     chosen = choose_backend(x, backend)
     if chosen == "triton":
-        from kernels import triton_block
+        from bsnas.kernels.gpu import block as triton_block
 
         return triton_block.inverted_residual(x, weights, norms, shape, training=training)
     if chosen == "onednn":
@@ -143,7 +145,7 @@ def pointwise_bn_relu6(
         )
     chosen = choose_backend(x, backend)
     if chosen == "triton":
-        from kernels import triton_block
+        from bsnas.kernels.gpu import block as triton_block
 
         return triton_block.pointwise_bn_relu6(x, weight, bn, training=training)
     if chosen == "onednn":

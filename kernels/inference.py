@@ -7,7 +7,7 @@ Two families, equal in meaning on every backend:
   each from another network that uses the same weights with its own batch normalisation. `folded_*` is the case S = 1.
 
 Backends: `reference` (plain torch, any device) is the specification; `onednn` (CPU) and `triton` (NVIDIA GPU) run the
-convolution with its tail as one kernel. They are chosen as in training (`kernels.dispatch`), by what `set_backend` or
+convolution with its tail as one kernel. They are chosen as in training (`bsnas.kernels.dispatch`), by what `set_backend` or
 BSNAS_KERNELS forces, else by device. Activations are [N, C, H, W] in
 channels_last; convolutions keep the size at stride 1 ("same" padding, odd kernels).
 """
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.dispatch import forced_backend, why_not_triton
-from kernels.onednn_inference import OneDNN
+from bsnas.kernels.cpu.inference import OneDNN
+from bsnas.kernels.dispatch import forced_backend, why_not_triton
 
 
 def fold_norm(norm: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ def chosen_backend(x: Tensor, name: str | None = None) -> str:
 def _backend(name: str | None, x: Tensor) -> Any:
     name = chosen_backend(x, name)
     if name == "triton":
-        from kernels.triton_inference import Triton
+        from bsnas.kernels.gpu.inference import Triton
 
         return Triton
     return OneDNN if name == "onednn" else Reference

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.block import BlockShape, BlockWeights
+from bsnas.kernels.block import BlockShape, BlockWeights
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -15,25 +15,28 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
-from engine.preemption import handle_signals
+from bsnas.engine.host.preemption import handle_signals
 
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
-from engine.cli import parse, write_figures
-from engine.errors import UserError, run
-from engine.run_facts import RunFacts
-from engine.space import Operation, Space
-from search.constraints import Limit, format_count, parse_count
-from search.costs import OBJECTIVES, constraints_for
-from search.evolution import EvolutionConfig
-from search.latency_model import LatencyModel, find_model
-from search.sampler import Sampler
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.runs.facts import RunFacts
+from bsnas.engine.space.space import Operation, Space
+from bsnas.search.algorithms.evolution import EvolutionConfig
+from bsnas.search.algorithms.sampler import Sampler
+from bsnas.search.costs.constraints import Limit, format_count, parse_count
+from bsnas.search.costs.costs import OBJECTIVES, constraints_for
+from bsnas.search.latency_tables.model import LatencyModel, find_model
 
 MOST_FINALISTS = 12
 
@@ -153,13 +156,13 @@ def main() -> None:
     refuse_unreachable(arguments.run.expanduser(), requested, found[1] if found else None)
 
     # Torch and DeepSpeed take seconds to load: only for what can be searched.
-    from engine.distributed import entered_by_main, start_process
-    from engine.journal import recorded
-    from engine.kernel_choice import force_kernels
-    from engine.trained_run import TrainedRun
-    from search.finalists import LatencyTable
-    from search.reporting.tensorboard import write_search_events
-    from search.searching import search
+    from bsnas.engine.evaluation.of_run import TrainedRun
+    from bsnas.engine.host.distributed import entered_by_main, start_process
+    from bsnas.engine.host.kernel_choice import force_kernels
+    from bsnas.engine.runs.commands import recorded
+    from bsnas.search.reporting.tensorboard import write_search_events
+    from bsnas.search.runs.finalists import LatencyTable
+    from bsnas.search.runs.searching import search
 
     process = start_process(arguments.timeout_minutes)
     force_kernels(arguments.kernels, process.device)

@@ -15,12 +15,15 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
-from engine.preemption import handle_signals
+from bsnas.engine.host.preemption import handle_signals
 
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
@@ -30,18 +33,18 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from engine.cli import parse, write_figures
-from engine.cost import CostModel
-from engine.errors import UserError, run
-from engine.onnx_export import Precision
-from engine.rundir import RunDir
-from engine.sampling import fair_archs, uniform_arch
-from engine.space import Arch, Space
-from search.backends import BACKENDS, CannotRun
-from search.latency_bench import LatencyBench, base_ms
-from search.latency_fit import best_fit, errors_of, kendall_tau, part_counts
-from search.latency_model import LatencyModel, PartCost, model_file
-from search.latency_store import Timing, TimingStore
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.release.onnx import Precision
+from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.sampling import fair_archs, uniform_arch
+from bsnas.engine.space.space import Arch, Space
+from bsnas.search.backends import BACKENDS, CannotRun
+from bsnas.search.latency_tables.bench import LatencyBench, base_ms
+from bsnas.search.latency_tables.fit import best_fit, errors_of, kendall_tau, part_counts
+from bsnas.search.latency_tables.model import LatencyModel, PartCost, model_file
+from bsnas.search.latency_tables.store import Timing, TimingStore
 
 _DRAWS = 50
 """Random draws for each wanted architecture before a space counts as having too few."""

@@ -12,18 +12,21 @@ marked.
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 import tyro
 
-from engine.cli import parse, write_figures
-from engine.errors import UserError, run
-from engine.run_facts import RunFacts
-from search.reporting.build import write_report, write_until_done
-from search.reporting.compare import write_comparison
+from bsnas.engine.host.cli import parse, write_figures
+from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.runs.facts import RunFacts
+from bsnas.search.reporting.build import write_report, write_until_done
+from bsnas.search.reporting.compare import write_comparison
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.distributed import Process, start_process
+from bsnas.engine.host.distributed import Process, start_process
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -52,9 +52,9 @@ def test_space_and_costs_import_only_the_standard_library_and_one_another(name):
 
 def test_costs_are_computed_without_torch_being_loaded():
     program = (
-        "import sys; import engine.cost, engine.sampling, engine.shrink, engine.space as s; "
+        "import sys; import bsnas.engine.space.cost, bsnas.engine.space.sampling, bsnas.engine.space.shrink, bsnas.engine.space.space as s; "
         "space = s.Space(clusters=(s.Cluster(blocks=1, kernels=(3,), expansions=(2,), channels=(8,), stride=1),)); "
-        "arch = engine.sampling.fair_round(space, 0, 0)[0]; assert engine.cost.CostModel(space).macs(arch) > 0; "
+        "arch = bsnas.engine.space.sampling.fair_round(space, 0, 0)[0]; assert bsnas.engine.space.cost.CostModel(space).macs(arch) > 0; "
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

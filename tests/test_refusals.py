@@ -12,38 +12,38 @@ import pytest
 import torch
 from torch import nn
 
-import search.backends.onnx_runtime as onnx_runtime
-import search.backends.tensorrt as tensorrt
-from benchmarks import early_decisions, ranking
-from benchmarks.demo import DemoArguments, run_pipeline
-from benchmarks.evaluation import EvaluationArguments
-from benchmarks.latency import LatencyArguments
-from benchmarks.loader import LoaderArguments
-from benchmarks.search_quality import QualityArguments
-from benchmarks.serve_check import ServeArguments, Server, image_files, images_of_run
-from benchmarks.soak import SoakArguments
-from engine.chunk_counter import ChunkCounter
-from engine.config import RetrainConfig
-from engine.console import ConsoleOptions
-from engine.errors import UserError
-from engine.evaluate import Evaluator
-from engine.export import ExportArguments
-from engine.memory import MIB
-from engine.onnx_export import onnx_logits
-from engine.presets import preset
-from engine.recalibration import TreeStatistics
-from engine.retrain import _best_arch
-from engine.run_facts import RunFacts, _operation
-from engine.rundir import RunDir, write_json
-from engine.store import EvaluationStore
-from kernels import BlockShape, BlockWeights, choose_backend, inverted_residual, pointwise_bn_relu6, set_backend
-from search.backends.base import CannotRun
-from search.evolve import EvolveArguments
-from search.finalists import _hardware
-from search.history import _generations
-from search.latency import LatencyTableArguments, time_missing
-from search.report import ReportArguments
-from tests.engine.evaluation_cases import random_images, small_space, trained_like_supernet
+import bsnas.search.backends.onnx_runtime as onnx_runtime
+import bsnas.search.backends.tensorrt as tensorrt
+from bsnas.benchmarks import early_decisions, ranking
+from bsnas.benchmarks.demo import DemoArguments, run_pipeline
+from bsnas.benchmarks.evaluation import EvaluationArguments
+from bsnas.benchmarks.latency import LatencyArguments
+from bsnas.benchmarks.loader import LoaderArguments
+from bsnas.benchmarks.search_quality import QualityArguments
+from bsnas.benchmarks.serve_check import ServeArguments, Server, image_files, images_of_run
+from bsnas.benchmarks.soak import SoakArguments
+from bsnas.engine.config import RetrainConfig
+from bsnas.engine.evaluation.chunk_counter import ChunkCounter
+from bsnas.engine.evaluation.evaluator import Evaluator
+from bsnas.engine.evaluation.memory import MIB
+from bsnas.engine.evaluation.recalibration import TreeStatistics
+from bsnas.engine.evaluation.store import EvaluationStore
+from bsnas.engine.export import ExportArguments
+from bsnas.engine.host.console import ConsoleOptions
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.presets import preset
+from bsnas.engine.release.onnx import onnx_logits
+from bsnas.engine.retrain import _best_arch
+from bsnas.engine.runs.facts import RunFacts, _operation
+from bsnas.engine.runs.rundir import RunDir, write_json
+from bsnas.kernels import BlockShape, BlockWeights, choose_backend, inverted_residual, pointwise_bn_relu6, set_backend
+from bsnas.search.backends.base import CannotRun
+from bsnas.search.evolve import EvolveArguments
+from bsnas.search.latency import LatencyTableArguments, time_missing
+from bsnas.search.report import ReportArguments
+from bsnas.search.runs.finalists import _hardware
+from bsnas.search.runs.history import _generations
+from tests.engine.evaluation.cases import random_images, small_space, trained_like_supernet
 from tests.engine.tiny import ARCH, TINY, random_archs
 
 RUN = Path("run")
@@ -126,7 +126,7 @@ def test_shapes_that_do_not_fit_a_kernel() -> None:
 
 
 def test_a_norm_without_weights_is_not_for_triton() -> None:
-    triton_block = pytest.importorskip("kernels.triton_block")
+    triton_block = pytest.importorskip("bsnas.kernels.gpu.block")
     with pytest.raises(
         ValueError, match=r"has no weights or no running statistics; the triton backend takes BatchNorm2d"
     ):
@@ -165,7 +165,7 @@ def test_a_batch_of_recalibration_that_does_not_fit_in_memory(monkeypatch: pytes
 
 
 def test_early_decisions_take_running_statistics() -> None:
-    from engine.early_decisions import Quotas
+    from bsnas.engine.evaluation.early_decisions import Quotas
 
     evaluator = Evaluator(
         trained_like_supernet(small_space()),
@@ -219,7 +219,7 @@ def test_a_search_with_impossible_rows(tmp_path: Path, row: dict[str, Any], mess
 def test_a_split_with_too_few_images(tmp_path: Path) -> None:
     import json
 
-    from engine.data import DataConfig, open_dataset
+    from bsnas.engine.data.dataset import DataConfig, open_dataset
 
     config = DataConfig(source="digits", resolution=16, val_per_class=2, cache_dir=str(tmp_path))
     data = open_dataset(config, tmp_path / "split.json")
@@ -293,7 +293,7 @@ def test_onnx_runtime_that_does_not_run(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def _backends(kind: type) -> list[Any]:
-    from search.backends import BACKENDS
+    from bsnas.search.backends import BACKENDS
 
     return [backend for backend in BACKENDS.values() if type(backend) is kind]
 

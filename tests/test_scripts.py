@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.rundir import RunDir
+from bsnas.engine.runs.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
 

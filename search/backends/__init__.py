@@ -1,9 +1,9 @@
 """Backends that run released networks, for parity checks and latency."""
 
-from search.backends.base import Backend, CannotRun, Hardware, Model, Session, session_logits
-from search.backends.onnx_runtime import OnnxRuntimeBackend
-from search.backends.tensorrt import TensorRTBackend
-from search.backends.torch_eager import TorchBackend
+from bsnas.search.backends.base import Backend, CannotRun, Hardware, Model, Session, session_logits
+from bsnas.search.backends.onnx_runtime import OnnxRuntimeBackend
+from bsnas.search.backends.tensorrt import TensorRTBackend
+from bsnas.search.backends.torch_eager import TorchBackend
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from engine.onnx_export import OnnxFormat, Precision, export_onnx
-from engine.onnx_int8 import quantize_onnx
-from search.plain_onnx import write_plain_onnx
+from bsnas.engine.release.int8 import quantize_onnx
+from bsnas.engine.release.onnx import OnnxFormat, Precision, export_onnx
+from bsnas.search.backends.plain_onnx import write_plain_onnx
 
 
 class CannotRun(Exception):

@@ -10,8 +10,8 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from engine.onnx_export import Precision, first_line
-from search.backends.base import CannotRun, Hardware, Model, cpu_with_threads, require_cuda
+from bsnas.engine.release.onnx import Precision, first_line
+from bsnas.search.backends.base import CannotRun, Hardware, Model, cpu_with_threads, require_cuda
 
 _UNCOUNTED = 3
 """First runs of a profile, which allocate."""

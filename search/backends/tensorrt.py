@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.atomic import write_atomically
-from engine.onnx_export import Precision, first_line
-from search.backends.base import CannotRun, Hardware, Model, require_cuda
+from bsnas.engine.host.atomic import write_atomically
+from bsnas.engine.release.onnx import Precision, first_line
+from bsnas.search.backends.base import CannotRun, Hardware, Model, require_cuda
 
 TIMING_CACHES = Path("~/.cache/bsnas/tensorrt").expanduser()
 """Where the builder's layer timings are kept, a file per package, version and GPU."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from search.backends.base import Session
+from bsnas.search.backends.base import Session
 
 _FEWEST = 3
 """Timed runs of a visit that are made however long they take."""

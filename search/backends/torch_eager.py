@@ -7,9 +7,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from engine.folding import fold_batchnorm
-from engine.onnx_export import DTYPES, Precision, first_line
-from search.backends.base import CannotRun, Hardware, Model, cpu_with_threads, require_cuda
+from bsnas.engine.networks.fold_batchnorm import fold_batchnorm
+from bsnas.engine.release.onnx import DTYPES, Precision, first_line
+from bsnas.search.backends.base import CannotRun, Hardware, Model, cpu_with_threads, require_cuda
 
 
 class TorchBackend:

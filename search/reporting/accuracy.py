@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from engine.run_facts import Row, RunFacts, quantile
-from search.reporting.picture import BLUE, INK, MUTED, ORANGE, STEPS, Picture, drawing
+from bsnas.engine.runs.facts import Row, RunFacts, quantile
+from bsnas.search.reporting.picture import BLUE, INK, MUTED, ORANGE, STEPS, Picture, drawing
 
 
 def accuracy_pictures(run: RunFacts) -> Iterator[Picture]:

@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from engine.cost import CostModel
-from engine.space import Arch, Space
-from search.reporting.picture import MUTED, Picture, drawing, kernel_color
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.space import Arch, Space
+from bsnas.search.reporting.picture import MUTED, Picture, drawing, kernel_color
 
 MOBILENET_V2 = (
     (1, 16, 1, 1),

@@ -7,18 +7,18 @@ from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 
-from engine.atomic import write_atomically
-from engine.console import Progress
-from engine.run_facts import RunFacts
-from search.reporting.accuracy import accuracy_pictures, ranking_pictures
-from search.reporting.architecture import architecture_picture
-from search.reporting.costs import latency_pictures, time_pictures
-from search.reporting.evolution import evolution_pictures
-from search.reporting.page import Section, facts_html, page
-from search.reporting.picture import Picture
-from search.reporting.shrinking import shrinking_pictures
-from search.reporting.tables import Table, summary, tables
-from search.reporting.training import retraining_pictures, training_pictures
+from bsnas.engine.host.atomic import write_atomically
+from bsnas.engine.host.console import Progress
+from bsnas.engine.runs.facts import RunFacts
+from bsnas.search.reporting.accuracy import accuracy_pictures, ranking_pictures
+from bsnas.search.reporting.architecture import architecture_picture
+from bsnas.search.reporting.costs import latency_pictures, time_pictures
+from bsnas.search.reporting.evolution import evolution_pictures
+from bsnas.search.reporting.page import Section, facts_html, page
+from bsnas.search.reporting.picture import Picture
+from bsnas.search.reporting.shrinking import shrinking_pictures
+from bsnas.search.reporting.tables import Table, summary, tables
+from bsnas.search.reporting.training import retraining_pictures, training_pictures
 
 REFRESH_SECONDS = 20
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.run_facts import RunFacts
-from search.reporting.build import is_running, renamed, run_sections, write_page
-from search.reporting.evolution import draw_front
-from search.reporting.page import Section, table_html
-from search.reporting.tables import Table, configuration, summary
-from search.reporting.training import CURVES, draw_curve
+from bsnas.engine.runs.facts import RunFacts
+from bsnas.search.reporting.build import is_running, renamed, run_sections, write_page
+from bsnas.search.reporting.evolution import draw_front
+from bsnas.search.reporting.page import Section, table_html
+from bsnas.search.reporting.tables import Table, configuration, summary
+from bsnas.search.reporting.training import CURVES, draw_curve
 
 Pair = tuple[str, Any, Any]
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from engine.errors import UserError
-from engine.run_facts import Row, RunFacts
-from search.latency_model import LatencyModel
-from search.network_parts import PartTable
-from search.reporting.picture import BLUE, FAINT, GREEN, INK, Picture, drawing
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.runs.facts import Row, RunFacts
+from bsnas.search.latency_tables.model import LatencyModel
+from bsnas.search.latency_tables.network_parts import PartTable
+from bsnas.search.reporting.picture import BLUE, FAINT, GREEN, INK, Picture, drawing
 
 
 def latency_pictures(run: RunFacts) -> Iterator[Picture]:

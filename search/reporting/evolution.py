@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from matplotlib.ticker import MaxNLocator
 
-from engine.run_facts import Row, RunFacts, Search, quantile
-from search.reporting.picture import BLUE, FAINT, INK, ORANGE, SERIES, STEPS, Picture, drawing
+from bsnas.engine.runs.facts import Row, RunFacts, Search, quantile
+from bsnas.search.reporting.picture import BLUE, FAINT, INK, ORANGE, SERIES, STEPS, Picture, drawing
 
 
 def evolution_pictures(run: RunFacts) -> Iterator[Picture]:

@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from search.reporting.picture import Picture
-from search.reporting.tables import Table, show
+from bsnas.search.reporting.picture import Picture
+from bsnas.search.reporting.tables import Table, show
 
 HERE = Path(__file__).parent
 NUMERIC = (int, float)

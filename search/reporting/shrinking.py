@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from matplotlib.axes import Axes
 
-from engine.run_facts import RunFacts, ShrinkStep
-from engine.space import Operation, Space
-from search.reporting.picture import FAINT, GREEN, GRID, MUTED, RED, Picture, drawing
+from bsnas.engine.runs.facts import RunFacts, ShrinkStep
+from bsnas.engine.space.space import Operation, Space
+from bsnas.search.reporting.picture import FAINT, GREEN, GRID, MUTED, RED, Picture, drawing
 
 
 def shrinking_pictures(run: RunFacts) -> Iterator[Picture]:

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.cost import CostModel
-from engine.run_facts import Row, RunFacts, quantile
-from search.reporting.accuracy import ranking_rows
-from search.reporting.costs import block_rows
+from bsnas.engine.runs.facts import Row, RunFacts, quantile
+from bsnas.engine.space.cost import CostModel
+from bsnas.search.reporting.accuracy import ranking_rows
+from bsnas.search.reporting.costs import block_rows
 
 
 @dataclass(frozen=True)

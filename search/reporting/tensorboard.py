@@ -1,6 +1,6 @@
 """What a search found, for TensorBoard: progress as scalars and histograms, the architecture and the front as images.
 
-The training writes its own scalars and distributions (engine/metrics.py). A search has a directory of its own beside
+The training writes its own scalars and distributions (engine/training/metrics.py). A search has a directory of its own beside
 them, written anew from the run's files whenever it is called, so a continued search is not drawn twice.
 """
 
@@ -13,10 +13,10 @@ import numpy.typing as npt
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from engine.run_facts import RunFacts, Search
-from search.reporting.architecture import architecture_picture
-from search.reporting.evolution import draw_front
-from search.reporting.picture import Picture
+from bsnas.engine.runs.facts import RunFacts, Search
+from bsnas.search.reporting.architecture import architecture_picture
+from bsnas.search.reporting.evolution import draw_front
+from bsnas.search.reporting.picture import Picture
 
 
 def write_search_events(run: RunFacts) -> Path | None:

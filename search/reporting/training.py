@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 
-from engine.run_facts import Row, RunFacts
-from search.reporting.picture import BLUE, MUTED, SERIES, Picture, drawing
+from bsnas.engine.runs.facts import Row, RunFacts
+from bsnas.search.reporting.picture import BLUE, MUTED, SERIES, Picture, drawing
 
 
 class Curve(NamedTuple):

@@ -14,7 +14,6 @@ import pytest
 from deepspeed.launcher import runner
 from PIL import Image
 
-import engine.cli
 from tests.docs.fenced import ROOT, Command, blocks, commands_to, script_and_options
 
 SMALLER = {

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.cli import option, parse, write_figures
-from engine.config import OptimizerConfig, RunConfig, SamplingConfig, ShrinkConfig, from_json, to_json
-from engine.errors import EXIT_USER_ERROR, UserError, run
-from engine.presets import PRESETS, preset
+from bsnas.engine.config import OptimizerConfig, RunConfig, SamplingConfig, ShrinkConfig, from_json, to_json
+from bsnas.engine.host.cli import option, parse, write_figures
+from bsnas.engine.host.errors import EXIT_USER_ERROR, UserError, run
+from bsnas.engine.presets import PRESETS, preset
 
 FILE = Path("config.json")
 

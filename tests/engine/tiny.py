@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.sampling import uniform_arch
-from engine.space import Arch, BlockOp, Cluster, Space
+from bsnas.engine.space.sampling import uniform_arch
+from bsnas.engine.space.space import Arch, BlockOp, Cluster, Space
 
 SHARINGS = ("nested", "channels", "independent")
 

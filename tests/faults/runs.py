@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.disturbed_runs import Faults, Started
-from benchmarks.soak_pipeline import STEPS_FILE, count_steps
+from bsnas.benchmarks.parts.faults.disturbed_runs import Faults, Started
+from bsnas.benchmarks.parts.faults.soak_pipeline import STEPS_FILE, count_steps
 
 TRAIN = (
     *("--preset", "digits", "--optimizer.warmup-epochs", "0", "--safety.checkpoint-minutes", "0.001"),

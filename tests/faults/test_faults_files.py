@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.mutated_files import (
+from bsnas.benchmarks.parts.faults.mutated_files import (
     arch_reader,
     config_reader,
     manifest_fields_reader,
@@ -21,7 +21,7 @@ from benchmarks.mutated_files import (
     try_mutations,
     wrong_answer,
 )
-from engine.checkpoint import (
+from bsnas.engine.checkpoints.checkpoint import (
     CheckpointWriter,
     Progress,
     Written,
@@ -31,16 +31,16 @@ from engine.checkpoint import (
     set_newer_aside,
     write_checkpoint,
 )
-from engine.config import RunConfig, from_json, to_json
-from engine.errors import MachineError, UserError
-from engine.network_file import FORMAT, load_network, save_network
-from engine.presets import preset
-from engine.retrain import named_arch
-from engine.rundir import MAX_JSON_BYTES, read_json, write_json
-from engine.space import MOST, MOST_OPERATIONS, Cluster, Space
-from engine.store import EvaluationStore, StoreKey, Tally
-from engine.subnet import Subnet
-from engine.tensor_file import read_tensors, take, take_numbers, write_tensors
+from bsnas.engine.checkpoints.tensor_file import read_tensors, take, take_numbers, write_tensors
+from bsnas.engine.config import RunConfig, from_json, to_json
+from bsnas.engine.evaluation.store import EvaluationStore, StoreKey, Tally
+from bsnas.engine.host.errors import MachineError, UserError
+from bsnas.engine.networks.subnet import Subnet
+from bsnas.engine.presets import preset
+from bsnas.engine.release.network_file import FORMAT, load_network, save_network
+from bsnas.engine.retrain import named_arch
+from bsnas.engine.runs.rundir import MAX_JSON_BYTES, read_json, write_json
+from bsnas.engine.space.space import MOST, MOST_OPERATIONS, Cluster, Space
 from tests.engine.tiny import ARCH, TINY, random_archs, tiny_space
 
 DAMAGES = ("cut off", "bit flipped", "empty", "missing")
@@ -311,7 +311,7 @@ def test_json_is_bounded_and_never_nested_without_end(tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match="cannot be read as JSON"):
         read_json(file)
     assert MAX_JSON_BYTES < 1 << 30
-    monkeypatch.setattr("engine.rundir.MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr("bsnas.engine.runs.rundir.MAX_JSON_BYTES", 1000)
     with pytest.raises(UserError, match=r"is larger than 0 MiB, no file of a run; restore it or start a new run"):
         read_json(file)
 
@@ -340,7 +340,7 @@ def test_a_configuration_nested_too_deeply(monkeypatch: pytest.MonkeyPatch) -> N
     def deep(*_: Any) -> None:
         raise RecursionError
 
-    monkeypatch.setattr("engine.config.TypeAdapter.validate_python", deep)
+    monkeypatch.setattr("bsnas.engine.config.TypeAdapter.validate_python", deep)
     with pytest.raises(UserError, match=r"config.json is nested too deeply; take a file that this program wrote"):
         from_json(RunConfig, {}, Path("config.json"))
 

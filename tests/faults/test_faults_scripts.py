@@ -13,10 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.disturbed_runs import Faults, Started, differences, error_lines, outcome, start_ranks, wait_until
-from benchmarks.soak_pipeline import poison_rank_1
-from engine.checkpoint import newest_checkpoint
-from engine.tensor_file import read_tensors
+from bsnas.benchmarks.parts.faults.disturbed_runs import (
+    Faults,
+    Started,
+    differences,
+    error_lines,
+    outcome,
+    start_ranks,
+    wait_until,
+)
+from bsnas.benchmarks.parts.faults.soak_pipeline import poison_rank_1
+from bsnas.engine.checkpoints.checkpoint import newest_checkpoint
+from bsnas.engine.checkpoints.tensor_file import read_tensors
 from tests.faults.runs import EVOLVE, RETRAIN, SECONDS, start, steps, training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -157,7 +165,7 @@ def test_a_disk_that_is_full_and_then_is_not(whole: Path, cache: Path, tmp_path:
 
 def ask_for_too_much() -> None:
     """The first forward pass wants more memory than any machine has."""
-    from engine.optimization import Optimization
+    from bsnas.engine.training.optimization import Optimization
 
     Optimization.forward = lambda *_: torch.empty(1 << 60, dtype=torch.uint8)  # type: ignore[method-assign]
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import soak
-from benchmarks.disturbed_runs import differences, error_lines, wait_until
-from benchmarks.soak_pipeline import Pipelines, Report
-from engine.errors import UserError
-from engine.rundir import read_json
+from bsnas.benchmarks import soak
+from bsnas.benchmarks.parts.faults.disturbed_runs import differences, error_lines, wait_until
+from bsnas.benchmarks.parts.faults.soak_pipeline import Pipelines, Report
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.runs.rundir import read_json
 
 
 def test_what_failed_is_listed_counted_and_ends_with_an_error(
@@ -46,10 +46,10 @@ class Ended:
 
 def test_an_undisturbed_run_that_fails_is_no_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipelines = Pipelines(tmp_path, seed=0, gap=1)
-    monkeypatch.setattr("benchmarks.soak_pipeline.start_ranks", lambda *_: [Ended(), Ended()])
+    monkeypatch.setattr("bsnas.benchmarks.parts.faults.soak_pipeline.start_ranks", lambda *_: [Ended(), Ended()])
     with pytest.raises(RuntimeError, match=r"undisturbed training by two ranks ended with \[1, 1\]: error: something"):
         pipelines.two_ranks("two")
-    monkeypatch.setattr("benchmarks.soak_pipeline.Started", lambda *_, **__: Ended())
+    monkeypatch.setattr("bsnas.benchmarks.parts.faults.soak_pipeline.Started", lambda *_, **__: Ended())
     with pytest.raises(RuntimeError, match=r"undisturbed engine/train.py ended with 1: error: something"):
         pipelines.undisturbed(tmp_path / "run")
 

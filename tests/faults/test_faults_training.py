@@ -12,28 +12,35 @@ from typing import Any
 import pytest
 import torch
 
-from engine import preemption
-from engine.checkpoint import Checkpoint, Progress, Written, manifest_file, newest_checkpoint, write_checkpoint
-from engine.config import OptimizerConfig, SafetyConfig
-from engine.data import open_dataset
-from engine.distributed import Process
-from engine.errors import MachineError, UserError, machine_failure
-from engine.evaluate import Evaluator, weights_fingerprint
-from engine.metrics import Meter
-from engine.optimization import Optimization
-from engine.preemption import Preempted, deferred
-from engine.resume import check_agreement, find_checkpoint, load_of_rank, of_ranks
-from engine.rundir import RunDir
-from engine.sampling import uniform_arch
-from engine.standalone import StandaloneTrainer
-from engine.store import EvaluationStore, StoreKey, Tally
-from engine.subnet import Subnet
-from engine.supernet import Supernet
-from engine.tensor_file import read_tensors
-from engine.trainer import SupernetTrainer
-from tests.engine.evaluation_cases import random_images, small_space, trained_like_supernet
+from bsnas.engine.checkpoints.checkpoint import (
+    Checkpoint,
+    Progress,
+    Written,
+    manifest_file,
+    newest_checkpoint,
+    write_checkpoint,
+)
+from bsnas.engine.checkpoints.tensor_file import read_tensors
+from bsnas.engine.config import OptimizerConfig, SafetyConfig
+from bsnas.engine.data.dataset import open_dataset
+from bsnas.engine.evaluation.evaluator import Evaluator, weights_fingerprint
+from bsnas.engine.evaluation.store import EvaluationStore, StoreKey, Tally
+from bsnas.engine.host import preemption
+from bsnas.engine.host.distributed import Process
+from bsnas.engine.host.errors import MachineError, UserError, machine_failure
+from bsnas.engine.host.preemption import Preempted, deferred
+from bsnas.engine.networks.subnet import Subnet
+from bsnas.engine.networks.supernet import Supernet
+from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.space.sampling import uniform_arch
+from bsnas.engine.training.metrics import Meter
+from bsnas.engine.training.network import StandaloneTrainer
+from bsnas.engine.training.optimization import Optimization
+from bsnas.engine.training.resume import check_agreement, find_checkpoint, load_of_rank, of_ranks
+from bsnas.engine.training.supernet import SupernetTrainer
+from tests.engine.evaluation.cases import random_images, small_space, trained_like_supernet
 from tests.engine.tiny import TINY, random_archs
-from tests.engine.training_cases import metrics, tiny_config
+from tests.engine.training.cases import metrics, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +188,7 @@ def test_what_nobody_asked_for_is_raised_at_the_end() -> None:
 
 FORKED = """
 import os, signal, sys, time
-from engine import preemption
+from bsnas.engine.host import preemption
 preemption.GRACE_SECONDS = 1.0
 {before}
 preemption.handle_signals()

@@ -27,10 +27,21 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from benchmarks.kernel_bytes import bytes_moved
-from benchmarks.mean_path import CLUSTERS, SEPARABLE, STEM, TAIL, PlacedBlock, mean_path, table_shapes
-from kernels import configs
-from kernels.ahead_of_time import (
+from bsnas.benchmarks.kernel_bytes import bytes_moved
+from bsnas.benchmarks.parts.kernel.mean_path import (
+    CLUSTERS,
+    SEPARABLE,
+    STEM,
+    TAIL,
+    PlacedBlock,
+    mean_path,
+    table_shapes,
+)
+from bsnas.kernels.block import BlockShape
+from bsnas.kernels.gpu import configs
+from bsnas.kernels.gpu.configs import A100, H100, Gpu, meta_tensors_stand_for
+from bsnas.kernels.gpu.launch import CachedLaunches
+from bsnas.kernels.tools.ahead_of_time import (
     Launch,
     Resources,
     block_launches,
@@ -39,9 +50,6 @@ from kernels.ahead_of_time import (
     specialisation,
     tail_launches,
 )
-from kernels.block import BlockShape
-from kernels.configs import A100, H100, Gpu, meta_tensors_stand_for
-from kernels.launch import CachedLaunches
 
 DIRECTORY = Path(__file__).parents[2] / "kernels"
 BUDGETS = Path(__file__).parent / "budgets.json"

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels import set_backend
-from kernels.inference import (
+from bsnas.kernels import set_backend
+from bsnas.kernels.inference import (
     fold_norm,
     folded_depthwise,
     folded_pointwise,

@@ -14,9 +14,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton.language as tl
 
-from kernels import launch
-from kernels.launch import CachedLaunches
-from kernels.stand_in import Handed, stand_in_driver
+from bsnas.kernels.gpu import launch
+from bsnas.kernels.gpu.launch import CachedLaunches
+from bsnas.kernels.tools.stand_in import Handed, stand_in_driver
 
 
 @triton.jit

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels import BlockShape, BlockWeights, choose_backend, inverted_residual, native, pointwise_bn_relu6
+from bsnas.kernels import BlockShape, BlockWeights, choose_backend, inverted_residual, pointwise_bn_relu6
+from bsnas.kernels.cpu import native
 from tests.kernels.tolerances import TOLERANCE, error
 
 SIZES = [(8, 8), (7, 9), (1, 5)]
@@ -214,7 +215,7 @@ def test_half_precision_is_left_to_the_reference() -> None:
 def test_without_a_compiler_the_reference_trains(compiler: str, reason: str, tmp_path: Path) -> None:
     script = f"""
 import re, torch, warnings
-from kernels import choose_backend
+from bsnas.kernels import choose_backend
 x = torch.randn(1, 4, 4, 4)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -21,20 +21,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not GPU and not INTERPRETED:
     pytest.skip("needs an NVIDIA GPU or TRITON_INTERPRET=1 (test_interpreter.py)", allow_module_level=True)
 
-from kernels import BlockShape, BlockWeights, graphs, inverted_residual, pointwise_bn_relu6, reference
-from kernels import triton_batch_norm as batch_norm
-from kernels.configs import DepthwiseConfig, PointwiseConfig
-from kernels.inference import Reference
-from kernels.triton_depthwise import depthwise_backward, depthwise_forward, output_size
-from kernels.triton_inference import Triton
-from kernels.triton_pointwise import (
+from bsnas.kernels import BlockShape, BlockWeights, graphs, inverted_residual, pointwise_bn_relu6, reference
+from bsnas.kernels.gpu import batch_norm
+from bsnas.kernels.gpu.configs import DepthwiseConfig, PointwiseConfig
+from bsnas.kernels.gpu.depthwise import depthwise_backward, depthwise_forward, output_size
+from bsnas.kernels.gpu.inference import Triton
+from bsnas.kernels.gpu.pointwise import (
     expand_backward_fused,
     input_gradient,
     pointwise_forward,
     project_backward,
     weight_gradient,
 )
-from kernels.triton_weights import prepare_weights, reduce_gradients
+from bsnas.kernels.gpu.weights import prepare_weights, reduce_gradients
+from bsnas.kernels.inference import Reference
 from tests.kernels.tolerances import TOLERANCE, error
 
 DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
@@ -290,7 +290,7 @@ def test_weights_are_slices_and_centre_crops() -> None:
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("segments", [0, 1, 3])
 def test_inference(dtype: torch.dtype, segments: int) -> None:
-    """Folded (0) and segmented convolutions against the reference backend of kernels.inference in float64."""
+    """Folded (0) and segmented convolutions against the reference backend of bsnas.kernels.inference in float64."""
     x, weight, residual = (
         random(6, 24, 5, 7, dtype=dtype),
         random(40, 24, dtype=dtype),

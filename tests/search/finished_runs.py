@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.cost import CostModel
-from engine.run_facts import Row
-from engine.sampling import fair_archs, uniform_arch
-from engine.shrink import importance, importance_to_json, shrink
-from engine.space import Arch, Cluster, Space
-from search.latency_model import LatencyModel, PartCost, model_file
-from search.latency_store import LatencyContext
-from search.network_parts import PartTable
+from bsnas.engine.runs.facts import Row
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.sampling import fair_archs, uniform_arch
+from bsnas.engine.space.shrink import importance, importance_to_json, shrink
+from bsnas.engine.space.space import Arch, Cluster, Space
+from bsnas.search.latency_tables.model import LatencyModel, PartCost, model_file
+from bsnas.search.latency_tables.network_parts import PartTable
+from bsnas.search.latency_tables.store import LatencyContext
 
 
 @dataclass(frozen=True, kw_only=True)

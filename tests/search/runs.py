@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import Progress, save_checkpoint
-from engine.config import RunConfig
-from engine.data import DataConfig
-from engine.presets import preset
-from engine.rundir import RunDir
-from engine.space import Cluster, Space
-from engine.supernet import Supernet
+from bsnas.engine.checkpoints.checkpoint import Progress, save_checkpoint
+from bsnas.engine.config import RunConfig
+from bsnas.engine.data.dataset import DataConfig
+from bsnas.engine.networks.supernet import Supernet
+from bsnas.engine.presets import preset
+from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.space.space import Cluster, Space
 
 
 def small_space() -> Space:

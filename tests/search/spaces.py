@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from engine.space import Arch, Cluster, Space
+from bsnas.engine.space.space import Arch, Cluster, Space
 
 
 def random_space(rng: random.Random, *, max_architectures: int = 4000) -> Space:

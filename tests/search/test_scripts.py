@@ -10,24 +10,22 @@ import onnx
 import pytest
 import torch
 
-import benchmarks.latency
-import engine.export
-from benchmarks.latency import LatencyArguments
-from benchmarks.latency_report import show
-from engine.chosen_network import choose_network, network_file
-from engine.cost import CostModel
-from engine.distributed import Process
-from engine.errors import UserError
-from engine.network_file import save_network
-from engine.rundir import RunDir
-from engine.space import Arch
-from engine.subnet import Subnet
-from engine.trained_run import TrainedRun
-from search.constraints import Limit
-from search.evolution import EvolutionConfig
-from search.evolve import EvolveArguments
-from search.history import History
-from search.searching import search
+from bsnas.benchmarks.latency import LatencyArguments
+from bsnas.benchmarks.parts.timing.latency_report import show
+from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.host.distributed import Process
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.networks.subnet import Subnet
+from bsnas.engine.release.chosen import choose_network, network_file
+from bsnas.engine.release.network_file import save_network
+from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.space import Arch
+from bsnas.search.algorithms.evolution import EvolutionConfig
+from bsnas.search.costs.constraints import Limit
+from bsnas.search.evolve import EvolveArguments
+from bsnas.search.runs.history import History
+from bsnas.search.runs.searching import search
 from tests.search.runs import small_space, untrained_run
 
 ROOT = Path(__file__).resolve().parents[2]

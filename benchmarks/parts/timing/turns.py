@@ -1,0 +1,131 @@
+"""Timing and bookkeeping of the kernel benchmarks: medians of device time, and rows that say where they come from."""
+
+import csv
+import datetime
+import io
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bsnas.engine.host.atomic import write_atomically
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_milliseconds(run: Callable[[], Any], repeats: int = 7) -> float:
+    """Median over repeats of one call's time on the GPU, the L2 cache flushed before each (50 MB on an H100)."""
+    flush = torch.empty(2**26, dtype=torch.int32, device="cuda")
+    run()
+    events = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        stop.record()
+        events.append((start, stop))
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(stop) for start, stop in events)[repeats // 2]
+
+
+def alternating_milliseconds(
+    contenders: dict[str, Callable[[], Any]], *, cuda: bool, rounds: int, calls: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Milliseconds a call of each contender, `rounds` figures of `calls` calls, contenders in turn in every round.
+
+    Host time of queued calls that end in a synchronisation: launches that the GPU waits for count. A turn begins with
+    a call that is not timed, since caches and allocator are as the contender before left them, which no training sees.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def timed(run: Callable[[], Any], count: int) -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            run()
+        if cuda:
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - start) / count
+
+    slow = set()
+    for name, run in contenders.items():
+        for _ in range(warmup):
+            first = timed(run, 1)
+        if first > 1000:  # a contender that takes seconds needs no more digits
+            slow.add(name)
+            times[name].append(first)
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            if name not in slow:
+                timed(run, 1)
+                times[name].append(timed(run, calls))
+    return times
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50, p80."""
+    ordered = sorted(values)
+    return tuple(ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.2, 0.5, 0.8))  # type: ignore[return-value]
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Hardware, versions, date and commit: the columns that begin every row."""
+    try:
+        root = Path(__file__).resolve().parents[1]
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=root
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "none"
+    cuda = device.type == "cuda"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "triton": triton_version,
+    }
+
+
+def _processor() -> str:
+    """Its name in /proc/cpuinfo, with the family, which "AMD EPYC" alone does not tell; else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return f"{found.get('model name', platform.machine())} family {found.get('cpu family', '?')}"
+
+
+def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Append rows to a CSV file, with a header where it is new; all rows have the same columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows as CSV with every column that any of them has; the file appears whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(file, text.getvalue().encode())

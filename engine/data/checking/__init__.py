@@ -1,0 +1,1 @@
+"""Which image files can be used."""

@@ -1,0 +1,203 @@
+"""Lists of image files, with labels and what identifies each; and the walk over a directory in ImageFolder layout."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from bsnas.engine.host.errors import UserError
+
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pnm", ".webp", ".tif", ".tiff", ".jp2"))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FileList:
+    """Decodable images in a fixed order, with their labels: files, or ranges of larger files (shards)."""
+
+    root: Path
+    """Directory that `files` are relative to."""
+    names: tuple[str, ...]
+    """CLASS/NAME of each image, unique and sorted within a class: what splits and records refer to."""
+    files: tuple[str, ...]
+    """Where each image lies: a path relative to `root`, or absolute. Often the names themselves."""
+    labels: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    """Bytes per image."""
+    shapes: npt.NDArray[np.int32]
+    """Height, width and channels of each as it decodes, [N, 3]."""
+    digests: npt.NDArray[np.bytes_]
+    """First 16 bytes of each image's SHA-256 in hexadecimal digits, [N]."""
+    offsets: npt.NDArray[np.int64] | None = None
+    """First byte of each inside its file; None where every image is a file of its own."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def paths(self) -> list[str]:
+        """Full paths, built anew at each call."""
+        return [self.path(i) for i in range(len(self))]
+
+    def path(self, index: int) -> str:
+        """Full path of the file that holds one image."""
+        return os.path.join(self.root, self.files[index])
+
+    def describe(self, index: int) -> str:
+        """One image for a message: its file, and its name where the file holds several."""
+        return self.path(index) if self.offsets is None else f"{self.names[index]} in {self.path(index)}"
+
+    def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> "FileList":
+        """The images at `indices`, in that order."""
+        chosen = np.asarray(indices, np.int64)
+        return FileList(
+            root=self.root,
+            names=tuple(self.names[i] for i in chosen),
+            files=tuple(self.files[i] for i in chosen),
+            labels=self.labels[chosen],
+            sizes=self.sizes[chosen],
+            shapes=self.shapes[chosen],
+            digests=self.digests[chosen],
+            offsets=None if self.offsets is None else self.offsets[chosen],
+        )
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Hash over names and sizes: the same for a copy of the data set elsewhere."""
+        digest = hashlib.sha256()
+        for name, size in zip(self.names, self.sizes.tolist(), strict=True):
+            digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash over names, labels and what the images contain."""
+        digest = hashlib.sha256(self.content_hash.encode())
+        digest.update(np.ascontiguousarray(self.labels).tobytes())
+        digest.update(np.ascontiguousarray(self.digests).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundFile:
+    """A file that has the name of an image."""
+
+    name: str
+    """Relative to the directory that was walked: CLASS/..."""
+    label: int
+    size: int
+    """Bytes."""
+    mtime: int
+    """Modification time in ns."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a walk over DIRECTORY/CLASS found."""
+
+    files: list[FoundFile] = field(default_factory=list)
+    """Sorted by label and name."""
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    """Names that cannot be followed or read, each with the reason."""
+    others: dict[str, int] = field(default_factory=dict)
+    """How many files have suffixes that are none of an image."""
+
+
+def find_classes(root: Path) -> tuple[str, ...]:
+    """Sorted class names: the directories in train/. val/ must be there and must hold no other class."""
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            raise UserError(f"{root} has no directory {part}/; a data set is train/CLASS/IMAGE and val/CLASS/IMAGE")
+    names = {part: _directories(root / part) for part in ("train", "val")}
+    if not names["train"]:
+        raise UserError(f"{root / 'train'} holds no class directories; it must be train/CLASS/IMAGE")
+    unknown = sorted(set(names["val"]) - set(names["train"]))
+    if unknown:
+        raise UserError(
+            f"class {unknown[0]} is in {root / 'val'} but not in train/ ({len(unknown)} such); "
+            "add its training images or remove it from val/"
+        )
+    return tuple(names["train"])
+
+
+def list_images(directory: Path, classes: Sequence[str]) -> Listing:
+    """All image files below directory/CLASS for each class in order; labels are positions in `classes`.
+
+    Raises UserError for a class directory that cannot be read; what cannot be read below it is a problem of the
+    listing.
+    """
+    listing = Listing()
+    status = os.stat(directory)
+    top = ((status.st_dev, status.st_ino),)
+    for label, name in enumerate(classes):
+        if (directory / name).is_dir():
+            found: list[FoundFile] = []
+            _walk(directory / name, name, label, found, listing, top)
+            listing.files.extend(sorted(found, key=lambda file: file.name))
+    return listing
+
+
+def require_every_class(directory: Path, classes: Sequence[str], labels: Sequence[int]) -> None:
+    """Raises UserError for a class without any image."""
+    empty = sorted(set(range(len(classes))) - set(labels))
+    if empty:
+        name = classes[empty[0]]
+        raise UserError(
+            f"class {name} has no images in {directory / name}; add some ({', '.join(sorted(IMAGE_SUFFIXES))}) "
+            "or remove the class from train/ and val/"
+        )
+
+
+def _directories(path: Path) -> list[str]:
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _walk(
+    directory: Path,
+    prefix: str,
+    label: int,
+    found: list[FoundFile],
+    listing: Listing,
+    above: tuple[tuple[int, int], ...],
+) -> None:
+    """Add what lies below a directory; names begin with `prefix`, `above` are the directories around it."""
+    try:
+        status = os.stat(directory)
+        if (status.st_dev, status.st_ino) in above:
+            listing.problems.append((prefix, "is a symbolic link to a directory around it"))
+            return
+        inside = (*above, (status.st_dev, status.st_ino))
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    _add(entry, f"{prefix}/{entry.name}", label, found, listing, inside)
+    except OSError as error:
+        if len(above) == 1:  # a whole class
+            raise UserError(f"cannot read {error.filename or directory}: {error.strerror}; mend or remove it") from None
+        listing.problems.append((prefix, f"cannot be read ({error.strerror})"))
+
+
+def _add(
+    entry: os.DirEntry[str],
+    name: str,
+    label: int,
+    found: list[FoundFile],
+    listing: Listing,
+    inside: tuple[tuple[int, int], ...],
+) -> None:
+    suffix = os.path.splitext(entry.name)[1].lower()
+    try:
+        if entry.is_dir():
+            _walk(Path(entry.path), name, label, found, listing, inside)
+        elif suffix in IMAGE_SUFFIXES:
+            status = entry.stat()
+            found.append(FoundFile(name=name, label=label, size=status.st_size, mtime=status.st_mtime_ns))
+        else:
+            listing.others[suffix] = listing.others.get(suffix, 0) + 1
+    except OSError as error:
+        listing.problems.append((name, f"cannot be read ({error.strerror})"))

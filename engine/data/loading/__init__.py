@@ -1,0 +1,1 @@
+"""Batches for training and scoring, decoded by DALI."""

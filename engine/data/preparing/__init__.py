@@ -1,0 +1,1 @@
+"""An index, or shards, from any source format."""

@@ -1,0 +1,156 @@
+"""The process that this is: its rank, its device, and what all ranks do together through DeepSpeed's launcher."""
+
+import logging
+import os
+import socket
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from bsnas.engine.evaluation.memory import keep_freed_memory
+from bsnas.engine.host.console import adopt_loggers, hide_libraries
+from bsnas.engine.host.errors import UserError, machine_failure
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """One of `world_size` processes."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+    def per_rank(self, batch_size: int) -> int:
+        """This rank's share of a global batch. Raises `UserError` when it does not divide evenly."""
+        if batch_size % self.world_size:
+            raise UserError(
+                f"batch size {batch_size} does not divide over {self.world_size} processes; "
+                f"take a multiple of {self.world_size}"
+            )
+        return batch_size // self.world_size
+
+
+def start_process(timeout_minutes: float = 30) -> Process:
+    """Join the processes that the `deepspeed` launcher started; alone when there is no launcher.
+
+    A process that does not hear from another for `timeout_minutes` gives up. Raises `UserError` when the launcher's
+    port is taken.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no GPU
+    hide_libraries()
+    import deepspeed
+
+    adopt_loggers()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Compiling this shared-memory operation takes 50 s, and only inference_all_reduce, never called here, uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu")
+    keep_freed_memory()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    timeout = timedelta(minutes=timeout_minutes)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise UserError(
+            f"port {port} of this machine is in use, perhaps by another run; processes of a run need a port of their "
+            "own: give the launcher another one with deepspeed --master_port PORT"
+        ) from None
+    # Gradients are reduced in a second group of all ranks, which DeepSpeed would make with torch's own 30 minutes.
+    everyone = range(torch.distributed.get_world_size())
+    deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(everyone, timeout=timeout)
+    return Process(
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        local_rank=local_rank,
+        device=device,
+    )
+
+
+def on_main(process: Process, action: Callable[[], Result]) -> Result:
+    """Run `action` on the main process alone and give every rank its result, or its `UserError`."""
+    outcome: list[Any] = [None, None]
+    failure: UserError | None = None
+    if process.is_main:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            failure = error
+        except (OSError, MemoryError, sqlite3.Error) as error:
+            failure = machine_failure(error)
+            if failure is None:
+                raise
+        outcome[1] = failure and (type(failure), str(failure))
+    if process.world_size > 1:
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        kind, message = outcome[1]
+        told: UserError = kind(message)
+        told.told = not process.is_main
+        raise told
+    return outcome[0]
+
+
+@contextmanager
+def entered_by_main(process: Process, context: AbstractContextManager[None]) -> Iterator[None]:
+    """Enter a context, as a lock, on the main process alone; every rank gets the `UserError` of entering it."""
+    with ExitStack() as stack:
+        on_main(process, lambda: stack.enter_context(context))
+        yield
+
+
+def gather_to_main(process: Process, tensor: torch.Tensor) -> torch.Tensor | None:
+    """[ranks, *tensor.shape] on the main process, None on the others."""
+    if process.world_size == 1:
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(process.world_size)] if process.is_main else None
+    torch.distributed.gather(tensor.contiguous(), parts, dst=0)
+    return torch.stack(parts) if parts else None
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def average_batchnorm(module: nn.Module) -> None:
+    """Replace the running statistics of every rank by their mean over ranks.
+
+    Each rank normalises with its own batches, so the statistics drift apart; nothing else keeps them equal.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    offset = 0
+    for buffer in buffers:
+        buffer.copy_(flat[offset : offset + buffer.numel()].view_as(buffer))
+        offset += buffer.numel()

@@ -1,0 +1,109 @@
+"""Errors that a user can mend, and the one place where scripts turn them into a line and an exit code. No torch."""
+
+import errno
+import os
+import re
+import sqlite3
+import sys
+from collections.abc import Callable
+
+from bsnas.engine.host.preemption import Preempted, handle_signals, started
+
+EXIT_USER_ERROR = 2
+EXIT_MACHINE_ERROR = 3
+
+
+class UserError(ValueError):
+    """Bad input: the message says what is wrong, what is allowed and what to do, in one line."""
+
+    exit_code = EXIT_USER_ERROR
+    told = False
+    """Whether another process has shown it to the user."""
+
+
+class MachineError(UserError):
+    """The machine failed: no disk, no memory, a lost process. What was saved is intact and can be continued."""
+
+    exit_code = EXIT_MACHINE_ERROR
+
+
+_WAYS_OUT = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space or raise the quota",
+    errno.EFBIG: "raise the file size limit (ulimit -f)",
+    errno.EROFS: "choose a directory that can be written",
+    errno.EACCES: "choose a directory that can be written",
+    errno.EPERM: "choose a directory that can be written",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the network disk",
+    errno.ENOMEM: "free memory",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs",
+}
+_NO_MEMORY = re.compile(
+    "out of memory|can't allocate memory|CUDNN_STATUS_ALLOC_FAILED|std::bad_alloc"
+    "|could not (create a primitive|create a memory object|execute a primitive)$",  # oneDNN says no more
+    re.MULTILINE,
+)
+_LOST = (
+    "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out waiting",
+    "timed out", "NCCL", "Gloo", "gloo", "Socket Timeout", "recvValue failed", "sendBytes failed",
+)  # fmt: skip
+
+
+def machine_failure(error: BaseException) -> MachineError | None:
+    """The failure of the machine behind an exception, in one line; None when there is none and it must be a bug."""
+    text = " ".join(str(error).split("\n", 1)[0].split())
+    if is_out_of_memory(error):
+        detail = text or "none is left"
+        return MachineError(f"no memory: {detail}; end other programs or lower the batch size, then continue")
+    if isinstance(error, OSError) and error.errno in _WAYS_OUT:
+        where = f"{error.filename}: " if error.filename else ""
+        return MachineError(f"{where}{os.strerror(error.errno)}; {_WAYS_OUT[error.errno]}, then continue")
+    if isinstance(error, sqlite3.Error):
+        return MachineError(f"the file of evaluations: {text}; free space or mend the file, then continue")
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST):
+        return MachineError(f"another process of this run was lost or does not answer ({text[:160]}); continue the run")
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's, that of torch on a CPU or a GPU, or that of a library under it."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; what ends it becomes one line on stderr and an exit code.
+
+    2: the user can mend it. 3: the machine failed. 75: told to stop, to be continued. Everything else is a bug.
+    """
+    handle_signals()
+    try:
+        started()
+        main()
+    except Preempted as stop:
+        _leave(stop.message, stop.code, told=_rank() != 0)
+    except UserError as error:
+        # All ranks meet bad input alike and one says it; a machine fails for one rank alone.
+        told = error.told or (_rank() != 0 and not isinstance(error, MachineError))
+        _leave(f"error: {error}", error.exit_code, told=told)
+    except BrokenPipeError:  # whoever reads our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_MACHINE_ERROR) from None
+    except (OSError, RuntimeError, MemoryError, sqlite3.Error) as error:
+        failure = machine_failure(error)
+        if failure is None:
+            raise
+        _leave(f"error: {failure}", failure.exit_code, told=False)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _leave(line: str, code: object, *, told: bool) -> None:
+    if not told:
+        print(line, file=sys.stderr, flush=True)
+    raise SystemExit(code) from None

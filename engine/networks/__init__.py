@@ -1,0 +1,1 @@
+"""The supernet, and the plain networks that it releases."""

@@ -1,0 +1,130 @@
+"""Which commands worked on a run, with which versions, how long and at what cost: `commands.jsonl`.
+
+Each command writes a line when it starts and one when it ends, so a killed one is known by its missing end.
+"""
+
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bsnas.engine.host.console import keep_messages, note_activity_in
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.runs.energy import EnergyMeter
+from bsnas.engine.runs.rundir import RunDir
+
+PACKAGES = (
+    "torch", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "triton", "onnx", "onnxruntime", "tensorrt",
+    "tensorrt-rtx", "numpy",
+)  # fmt: skip
+
+
+def commands_file(run: RunDir) -> Path:
+    return run.path / "commands.jsonl"
+
+
+def activity_file(run: RunDir) -> Path:
+    return run.path / "activity.json"
+
+
+@contextmanager
+def recorded(run: RunDir, script: str, *, device: torch.device | None = None) -> Iterator[None]:
+    """Record a command on a run, and keep messages of libraries in the run's logs/.
+
+    Only the main process writes the record; other ranks only have a log of their own.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    keep_messages(run.path / "logs" / (f"{script}-rank{rank}.log" if rank else f"{script}.log"))
+    if rank:
+        yield
+        return
+    device = device or torch.device("cpu")
+    started, energy = time.perf_counter(), EnergyMeter(device)
+    who = {"script": script, "pid": os.getpid(), "host": socket.gethostname()}
+    _append(run, {"event": "start", **who, "time": now(), "command": shlex.join(sys.argv), **environment(device)})
+    note_activity_in(activity_file(run))
+    outcome = "stopped"
+    try:
+        yield
+        outcome = "done"
+    except UserError as error:
+        outcome = f"error: {error}"
+        raise
+    except Exception as error:
+        outcome = f"failed: {type(error).__name__}: {error}"
+        raise
+    finally:
+        note_activity_in(None)
+        end: dict[str, Any] = {"event": "end", **who, "time": now(), "outcome": outcome}
+        end["seconds"] = time.perf_counter() - started
+        joules = energy.joules()
+        if joules is not None:
+            end["joules_of_main_device"] = joules
+        with suppress(OSError):  # a full disk has been told by what it stopped
+            _append(run, end)
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware and commit that figures of this process come from."""
+    return {
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": hardware(device),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def commit() -> str:
+    """The commit of this code, marked with + when files differ from it."""
+    root = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line.split(":", 1)[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _append(run: RunDir, entry: dict[str, Any]) -> None:
+    with open(commands_file(run), "a") as file:
+        file.write(json.dumps(entry) + "\n")

@@ -1,0 +1,159 @@
+"""A run directory: every file of one search, where it lies, and who may write.
+
+config.json            the resolved configuration
+split.json             the search-validation split
+checkpoints/           weights, optimizer and progress at the end of epochs
+metrics.jsonl          one line per epoch, probe and shrink step
+tensorboard/           the same scalars
+spaces/step-N.json     the space after shrink step N
+shrink/step-N.json     the models that step N scored, and R_i of every operation
+evaluations.sqlite     every subnet evaluation
+search/                population and Pareto set of the evolution
+retrain/               the network trained from scratch
+export/                ONNX
+latency/               measured latencies
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bsnas.engine.config import RunConfig, from_json, to_json
+from bsnas.engine.host.atomic import write_atomically, write_error
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.space.space import Space
+
+MAX_JSON_BYTES = 256 << 20
+"""Largest JSON file that is read: a search of 100,000 architectures has 50 MB."""
+
+
+class RunDir:
+    """Paths inside a run directory and the small files in it."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self.config_file = self.path / "config.json"
+        self.split_file = self.path / "split.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.evaluations = self.path / "evaluations.sqlite"
+        self.search = self.path / "search"
+        self.retrain = self.path / "retrain"
+        self.export = self.path / "export"
+        self.latency = self.path / "latency"
+
+    # ---- opening
+
+    @classmethod
+    def create(cls, path: Path | str, config: RunConfig) -> "RunDir":
+        """Start a run in a new or empty directory. Raises `UserError` when something is there already."""
+        run = cls.refuse_existing(path)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run directory {run.path} cannot be made: {error.strerror}; choose another --run"
+            ) from None
+        foreign = [entry.name for entry in run.path.iterdir() if not _left_by_a_start(entry.name)]
+        if foreign:
+            raise UserError(
+                f"{run.path} is not empty ({foreign[0]}, ...) and holds no run; choose a new or empty directory"
+            )
+        write_json(run.config_file, to_json(config))
+        return run
+
+    @classmethod
+    def refuse_existing(cls, path: Path | str) -> "RunDir":
+        """The paths of a run that is still to be made. Raises `UserError` when there is a run already."""
+        run = cls(path)
+        if run.config_file.exists():
+            raise UserError(f"{run.path} already holds a run; continue it with --resume or choose another --run")
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> "RunDir":
+        """An existing run. Raises `UserError` when there is none."""
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise UserError(
+                f"{run.path} holds no run (config.json is missing); give the directory that engine/train.py wrote"
+            )
+        return run
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from writing here; the lock goes with the process. Raises `UserError` when taken."""
+        file = self.path / "lock"
+        try:
+            opened = open(file, "a+")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise write_error(file, error) from None
+        with opened as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.seek(0)
+                owner = handle.read().strip() or "another process"
+                raise UserError(
+                    f"run directory {self.path} is in use by {owner}; wait for it, stop it, or choose another --run"
+                ) from None
+            handle.seek(0)
+            handle.truncate()
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            handle.flush()
+            yield
+
+    # ---- what it holds
+
+    def config(self) -> RunConfig:
+        return from_json(RunConfig, read_json(self.config_file), self.config_file)
+
+    def space_file(self, step: int) -> Path:
+        return self.path / "spaces" / f"step-{step}.json"
+
+    def shrink_file(self, step: int) -> Path:
+        return self.path / "shrink" / f"step-{step}.json"
+
+    def spaces(self) -> list[Space]:
+        """The full space and the spaces after each shrink step made so far."""
+        spaces = [self.config().space]
+        while (file := self.space_file(len(spaces))).is_file():
+            spaces.append(Space.from_json(read_json(file)))
+        return spaces
+
+
+def _left_by_a_start(name: str) -> bool:
+    """Whether a start of a run that was killed at once leaves such a file."""
+    return name == "lock" or (name.startswith(".config.json.") and name.endswith(".tmp"))
+
+
+def json_bytes(data: Any) -> bytes:
+    return (json.dumps(data, indent=1) + "\n").encode()
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Write a JSON file atomically. Raises `UserError` when the directory cannot be written."""
+    write_atomically(file, json_bytes(data))
+
+
+def read_json(file: Path) -> Any:
+    """The data in a JSON file. Raises `UserError` naming the file when it cannot be read."""
+    try:
+        with open(file, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            if size > MAX_JSON_BYTES:
+                raise UserError(
+                    f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB, no file of a run; restore it or start a new run"
+                )
+            content = handle.read(size)
+        return json.loads(content.decode())
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}; restore it or start a new run") from None

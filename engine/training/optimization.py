@@ -1,0 +1,181 @@
+"""Forward, backward and step of any network here: DeepSpeed's engine, SGD, and the learning-rate schedule."""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bsnas.engine.checkpoints.tensor_file import check_tensor, take
+from bsnas.engine.config import OptimizerConfig, Precision
+from bsnas.engine.host.distributed import Process
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.training.finite import Finiteness, RunningStatistics
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def default_precision(process: Process) -> Precision:
+    """bf16 on a GPU. fp32 on a CPU, where bf16 backward of depthwise convolutions is twice as slow."""
+    return "bf16" if process.device.type == "cuda" else "fp32"
+
+
+def learning_rate(config: OptimizerConfig, peak: float, epoch: float, total_epochs: int) -> float:
+    """Linear warmup to `peak`, then one cosine cycle to zero over all epochs (paper, section 4.1).
+
+    `epoch` may be fractional: the position in training before the step that is made.
+    """
+    warmup = config.warmup_epochs
+    factor = 1.0 if epoch >= warmup else epoch / warmup
+    return peak * factor * 0.5 * (1 + math.cos(math.pi * min(epoch / total_epochs, 1.0)))
+
+
+def deepspeed_config(
+    batch_size: int, process: Process, precision: Precision, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run, with the user's JSON merged over it.
+
+    Raises `UserError` when the user's part changes what training relies on.
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": process.per_rank(batch_size),
+        "gradient_accumulation_steps": 1,
+        # The trainer decides after which backward pass the weights move: after a path or after a round.
+        "managed_gradient_accumulation": False,
+        "zero_optimization": {"stage": 0},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 10**9,
+    }
+    if precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+        config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    config = _merged(config, overrides)
+    zero = config["zero_optimization"]
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else zero
+    if stage != 0:
+        raise UserError(
+            f"ZeRO stage {stage} in the DeepSpeed configuration; allowed is 0, because higher stages move weights of "
+            "operations that a step did not use; remove zero_optimization from the file"
+        )
+    if config["managed_gradient_accumulation"] or config["gradient_accumulation_steps"] != 1:
+        raise UserError(
+            "gradient accumulation in the DeepSpeed configuration; a round of paths accumulates by itself; "
+            "remove it from the file and choose --sampling.update and --optimizer.batch-size instead"
+        )
+    return config
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if nested else value
+    return result
+
+
+class Optimization:
+    """A network wrapped by DeepSpeed together with its optimizer.
+
+    Only the parameters that a step names are reduced over ranks and moved. The others have no gradient, so weight
+    decay and momentum leave them alone, bit for bit.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: OptimizerConfig,
+        process: Process,
+        precision: Precision,
+        overrides: Mapping[str, Any],
+    ) -> None:
+        import deepspeed
+
+        self.world_size = process.world_size
+        self.optimizer = torch.optim.SGD(
+            network.parameters(),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,  # one kernel, which can be told on the device to write nothing
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=network,
+            optimizer=self.optimizer,
+            config=deepspeed_config(config.batch_size, process, precision, overrides),
+        )
+        # DeepSpeed would reduce all parameters, with zeros for those without a gradient.
+        self.engine.enable_backward_allreduce = False
+        # After initialize: DeepSpeed broadcasts weights as bytes, which channels_last ones refuse.
+        self.engine.module.to(memory_format=torch.channels_last)
+        self.engine.torch_autocast_z0_gradscaler = None  # it would wait for the device in every step
+        self.finiteness = Finiteness(process.device, scaled=precision == "fp16")
+        self.statistics = RunningStatistics(network)
+
+    def forward(self, *inputs: Any) -> Tensor:
+        self.statistics.keep()
+        return self.engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradients to the parameters'."""
+        self.engine.backward(self.finiteness.scaled_loss(loss))
+
+    def step(self, parameters: Iterable[nn.Parameter], lr: float, notes: Tensor | None = None) -> Tensor:
+        """Average the gradients of `parameters` over ranks, move them, and clear all gradients.
+
+        `notes`, float32, are averaged over ranks with them. Returns [1] on the device: 1 when a loss or gradient of
+        any rank was not finite, and nothing has changed then but that gradients are cleared.
+        """
+        used = [parameter for parameter in parameters if parameter.grad is not None]
+        gradients = [gradient_like(parameter) for parameter in used]
+        self.finiteness.spread(gradients)
+        if self.world_size > 1:
+            self.engine.buffered_allreduce_fallback(grads=gradients if notes is None else [*gradients, notes])
+        bad = self.finiteness.check(gradients)
+        for parameter in used:  # a step that writes nothing must not find momentum that was never written
+            state = self.optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.engine.step()
+        self.statistics.settle(bad)
+        return bad
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides the network."""
+        return {"optimizer": self.optimizer.state_dict(), "finiteness": self.finiteness.state()}
+
+    def load_state(self, state: Mapping[str, Any], file: Path) -> None:
+        """Go on from what `state` wrote into `file`. Raises `UserError` when it does not fit the network."""
+        optimizer = take(state, "optimizer", dict, file)
+        own, given = self.optimizer.state_dict()["param_groups"], take(optimizer, "param_groups", list, file)
+        # The rate is set in every step, and other versions of torch have other settings besides.
+        settings = [[{k: g.get(k) for k in ("params", "momentum", "weight_decay")} for g in gs] for gs in (own, given)]
+        if settings[0] != settings[1]:
+            raise UserError(f"the optimizer in {file} has other parameters or settings; use the run's own files")
+        parameters = self.optimizer.param_groups[0]["params"]
+        for index, values in take(optimizer, "state", dict, file).items():
+            if index not in range(len(parameters)) or values.keys() != {"momentum_buffer"}:
+                raise UserError(f"the optimizer in {file} knows a parameter {index!r:.20}; use the run's own files")
+            check_tensor(values["momentum_buffer"], like=parameters[index], name=f"momentum {index}", file=file)
+        self.optimizer.load_state_dict(optimizer)
+        finiteness = take(state, "finiteness", dict, file)
+        for name, tensor in self.finiteness.state().items():
+            check_tensor(finiteness.get(name), like=tensor, name=name, file=file)
+        if not finiteness["scale"].isfinite() or finiteness["scale"] <= 0:
+            raise UserError(f"the loss scale in {file} is {finiteness['scale']}; it must be above 0")
+        self.finiteness.load(finiteness)
+
+
+def gradient_like(parameter: nn.Parameter) -> Tensor:
+    """The parameter's gradient with the parameter's strides, which the fused step compares."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.stride() != parameter.stride():  # most often in a dimension of one element alone
+        like = torch.empty_like(parameter)
+        parameter.grad = gradient = like.copy_(gradient)
+    return gradient

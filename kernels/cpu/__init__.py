@@ -1,0 +1,1 @@
+"""The fused operations on oneDNN and C++."""

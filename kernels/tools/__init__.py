@@ -1,0 +1,1 @@
+"""Compiling kernels, and what their launches cost, without a GPU."""

@@ -1,0 +1,1 @@
+"""Evolution, NSGA-II and what they draw with."""

@@ -1,0 +1,1 @@
+"""Costs of networks and the limits on them."""

@@ -1,0 +1,1 @@
+"""Latency of any network from measured parts."""

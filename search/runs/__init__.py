@@ -1,0 +1,1 @@
+"""Searches of a run: their history, their finalists."""

@@ -1,0 +1,123 @@
+"""What a search writes into its run directory, and how it goes on from there.
+
+search/NAME.json    all generations of one search, what it was asked for, and what its scores depend on
+search/best.json    the best architecture inside the limits of the latest search: what retraining takes
+search/pareto.json  the accuracy-MACs front
+The last two are over every search whose scores are comparable, since one supernet serves many budgets.
+
+NAME.json is replaced as a whole after each generation, so a killed search loses at most the one that was running, and
+that one's evaluations are in the evaluator's store.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.runs.rundir import read_json, write_json
+from bsnas.engine.space.space import Arch, Space
+from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, Generation
+from bsnas.search.algorithms.pareto import pareto_set
+from bsnas.search.costs.constraints import Constraints
+
+RESERVED = ("best.json", "pareto.json")
+
+
+@dataclass(frozen=True)
+class History:
+    """The stored generations of one search: same request and same scores, same file."""
+
+    directory: Path
+    request: dict[str, Any]
+    """Limits, settings of the evolution, and objectives and latency table where there are any, as JSON data."""
+    scored_by: dict[str, str]
+    """What the scores depend on: weights, images, space, batch normalisation."""
+    space: Space
+
+    @classmethod
+    def of(
+        cls,
+        directory: Path,
+        space: Space,
+        constraints: Constraints,
+        config: EvolutionConfig,
+        scored_by: dict[str, str],
+        more: dict[str, Any] | None = None,
+    ) -> "History":
+        live = hashlib.sha256(json.dumps(space.to_json(), sort_keys=True).encode()).hexdigest()
+        limits = {limit.cost: str(limit) for limit in constraints.limits}
+        request = {"limits": limits, "evolution": asdict(config), **(more or {})}
+        return cls(directory, request, {**scored_by, "space": live}, space)
+
+    @property
+    def file(self) -> Path:
+        digest = hashlib.sha256(json.dumps([self.request, self.scored_by], sort_keys=True).encode()).hexdigest()
+        limits = re.findall(r"\w[\w.]*", " ".join(self.request["limits"].values()))
+        label = "-".join(
+            [*self.request.get("objectives", ()), *limits, f"seed{self.request['evolution']['seed']}", digest[:8]]
+        )
+        return self.directory / f"{label}.json"
+
+    def load(self) -> list[Generation]:
+        """The generations stored so far. Raises `UserError` for a damaged file."""
+        return _generations(read_json(self.file), self.file, self.space) if self.file.is_file() else []
+
+    def save(self, generations: Sequence[Generation]) -> None:
+        """Store all generations so far."""
+        rows = [[_to_json(candidate) for candidate in generation] for generation in generations]
+        write_json(self.file, {"request": self.request, "scored_by": self.scored_by, "generations": rows})
+
+    def publish(self, best: Candidate, front: Sequence[Candidate]) -> None:
+        """Write best.json and pareto.json."""
+        write_json(self.directory / "best.json", {**_to_json(best), "limits": self.request["limits"]})
+        write_json(self.directory / "pareto.json", [_to_json(candidate) for candidate in front])
+
+    def comparable(self) -> list[Candidate]:
+        """All candidates of the other searches in the directory whose scores come from the same weights and images."""
+        found: list[Candidate] = []
+        for file in sorted(self.directory.glob("*.json")):
+            if file.name in RESERVED or file == self.file:
+                continue
+            state = read_json(file)
+            if isinstance(state, dict) and state.get("scored_by") == self.scored_by:
+                found += [candidate for rows in _generations(state, file, self.space) for candidate in rows]
+        return found
+
+
+def accuracy_front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates with complete scores that no other beats in both top-1 and MACs, by ascending MACs."""
+    complete = [candidate for candidate in candidates if candidate.complete]
+    return pareto_set(complete, cost=lambda c: c.costs["macs"], value=lambda c: c.top1)
+
+
+def _to_json(candidate: Candidate) -> dict[str, Any]:
+    scores: dict[str, Any] = {"top1": candidate.top1, "top5": candidate.top5, "loss": candidate.loss}
+    if not candidate.complete:
+        scores["complete"] = False
+    return {"arch": str(candidate.arch), **candidate.costs, **scores}
+
+
+def _generations(state: Any, file: Path, space: Space) -> list[Generation]:
+    try:
+        return [[_candidate(dict(row), space) for row in generation] for generation in state["generations"]]
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{file} holds no search of this program ({error}); remove it, the evaluations themselves are kept"
+        ) from None
+
+
+def _candidate(row: dict[str, Any], space: Space) -> Candidate:
+    """Raises one of several errors when the row is none of a candidate in the space."""
+    arch = Arch.parse(row.pop("arch"))
+    space.check(arch)
+    complete = row.pop("complete", True)
+    if type(complete) is not bool or any(type(value) not in (int, float) for value in row.values()):
+        raise TypeError(f"{arch} has a value that is no number")
+    top1, top5, loss = (row.pop(name) for name in ("top1", "top5", "loss"))
+    if not 0 <= top1 <= top5 <= 1 or any(cost < 0 for cost in row.values()):
+        raise ValueError(f"{arch} has a top-1, top-5 or cost that is impossible")
+    return Candidate(arch, row, top1, top5, loss, complete)

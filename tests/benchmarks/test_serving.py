@@ -1,0 +1,64 @@
+"""benchmarks/serve_check.py on one-channel images that an index lists."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from PIL import Image
+
+from bsnas.benchmarks import serve_check
+from bsnas.benchmarks.serve_check import Server, image_files, images_of_run
+from bsnas.engine.host.errors import UserError
+from tests.engine.data.source_cases import prepare_source
+
+
+def prepared_run(place: Path) -> Path:
+    """A run whose data are an index of black and white images of one channel."""
+    for part in ("train", "val"):
+        for name, gray in (("dark", 0), ("light", 255)):
+            (place / "raw" / part / name).mkdir(parents=True)
+            for number in range(3):
+                pixels = np.full((9, 11 + number), gray, np.uint8)
+                Image.fromarray(pixels).save(place / "raw" / part / name / f"{number}.png")
+    prepare_source(place / "raw", place / "prepared", channels=1, val_per_class=1)
+    run = place / "run"
+    run.mkdir()
+    data = {"source": "folder", "path": str(place / "prepared"), "cache_dir": str(place)}
+    (run / "config.json").write_text(json.dumps({"data": data}))
+    return run
+
+
+def brightness(file: Path, classes: tuple[str, str]) -> Path:
+    """A network of one-channel images of 8x8 that answers by their mean."""
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 1, 8, 8])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 2])
+    nodes = [
+        helper.make_node("ReduceMean", ["images"], ["mean"], axes=[2, 3], keepdims=0),
+        helper.make_node("Neg", ["mean"], ["negative"]),
+        helper.make_node("Concat", ["negative", "mean"], ["logits"], axis=1),
+    ]
+    graph = helper.make_graph(nodes, "brightness", [images], [logits])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    facts = {"classes": json.dumps(classes), "input": "normalised", "mean": "[0.5]", "std": "[0.25]"}
+    helper.set_model_props(model, facts)
+    onnx.save(model, file)
+    return file
+
+
+def test_one_channel_images_of_an_index_are_served(tmp_path):
+    files = image_files(images_of_run(prepared_run(tmp_path)))
+    assert [file.parent.name for file in files] == ["dark"] * 3 + ["light"] * 3
+    server = Server(brightness(tmp_path / "a.onnx", ("dark", "light")), batch=6, threads=1)
+    assert server.answer(files) == [file.parent.name for file in files]
+
+
+def test_images_in_shards_are_not_served(tmp_path, monkeypatch):
+    run = prepared_run(tmp_path)
+    packed = SimpleNamespace(part=lambda _: SimpleNamespace(offsets=np.zeros(1)))
+    monkeypatch.setattr(serve_check, "read_index", lambda _: packed)
+    with pytest.raises(UserError, match=r"test images of .* are packed in shards; give image files with --images"):
+        images_of_run(run)

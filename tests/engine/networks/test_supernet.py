@@ -1,0 +1,232 @@
+"""The supernet: sharing, active parameters, and shrinking without a change of values."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.networks.supernet import Supernet
+from bsnas.engine.presets import digits_space
+from bsnas.engine.space.sampling import fair_round, uniform_arch
+from bsnas.engine.space.shrink import importance, shrink
+from bsnas.engine.space.space import Arch, Operation
+from tests.engine.evaluation.cases import trained_like_supernet
+from tests.engine.space.strategies import shrunk_at_random
+from tests.engine.tiny import ARCH, SHARINGS, TINY, images, random_archs
+
+both_spaces = pytest.mark.parametrize("space", [TINY, shrunk_at_random(TINY, random.Random(2))], ids=["full", "shrunk"])
+all_sharings = pytest.mark.parametrize("sharing", SHARINGS)
+
+
+# ---- one path
+
+
+def plain_path(supernet: Supernet, x: Tensor, arch: Arch) -> Tensor:
+    """A path of the supernet written with functional operations and slices taken from Table 1."""
+
+    def norm(x: Tensor, bn: nn.BatchNorm2d) -> Tensor:
+        return F.batch_norm(x, bn.running_mean.clone(), bn.running_var.clone(), bn.weight, bn.bias, bn.training)
+
+    space = supernet.space
+    x = F.relu6(norm(F.conv2d(x, supernet.stem_conv.weight, stride=space.stem_stride, padding=1), supernet.stem_bn))
+    x = F.conv2d(x, supernet.separable_depthwise, padding=1, groups=x.shape[1])
+    x = F.relu6(norm(x, supernet.separable_bns[0]))
+    x = norm(F.conv2d(x, supernet.separable_project[:, :, None, None]), supernet.separable_bns[1])
+    base = x.shape[1]
+    for i, op in enumerate(arch.operations):
+        cluster = space.clusters[space.block_cluster[i]]
+        weights, (bn1, bn2, bn3) = supernet.block_weights(i, op), supernet.block_norms(i, op)
+        hidden = op.expansion * base
+        out = max(cluster.channels) if space.is_spring(i) else op.channels
+        y = F.relu6(norm(F.conv2d(x, weights.expand[:hidden, : x.shape[1], None, None]), bn1))
+        cut = (weights.depthwise.shape[-1] - op.kernel) // 2
+        kernel = weights.depthwise[:hidden, :, cut : cut + op.kernel, cut : cut + op.kernel]
+        y = F.conv2d(y, kernel, stride=space.block_stride(i), padding=op.kernel // 2, groups=hidden)
+        y = norm(F.conv2d(F.relu6(norm(y, bn2)), weights.project[:out, :hidden, None, None]), bn3)
+        x = x + y if x.shape == y.shape and space.block_stride(i) == 1 else y
+        base = max(cluster.channels) if cluster.blocks == 1 else out
+    y = F.conv2d(x, supernet.tail_weight[:, : x.shape[1], None, None])
+    y = F.relu6(norm(y, supernet.tail_norm(x.shape[1])))
+    return supernet.classifier(y.mean((2, 3)))
+
+
+@all_sharings
+@both_spaces
+@pytest.mark.parametrize("training", [True, False])
+def test_a_path_computes_what_the_table_says(space, sharing, training):
+    supernet = trained_like_supernet(space, sharing).train(training).double()
+    for arch in random_archs(space, 4):
+        x = images(space).double()
+        expected = plain_path(supernet, x, arch)  # first, as running statistics move in the other
+        torch.testing.assert_close(supernet(x, arch), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_one_block_cluster_at_the_end_slices_the_tail():
+    supernet = Supernet(digits_space())
+    narrow = Arch.parse("c16:k3t3,k3t3_c24:k3t3,k3t3,k3t3_c40:k3t3,k3t3_c56:k3t3")
+    assert supernet.tail_weight.shape == (256, 80)
+    assert set(supernet.tail_bns) == {"c56", "c64", "c80"}
+    assert supernet.block_shapes(narrow)[-1].out_channels == 56
+    supernet(images(digits_space()), narrow).sum().backward()
+    assert supernet.tail_weight.grad[:, :56].abs().sum() > 0
+    assert supernet.tail_weight.grad[:, 56:].abs().sum() == 0
+
+
+# ---- who shares weights
+
+
+def distinct_weights(supernet: Supernet, block: int) -> dict[int, list[Operation]]:
+    """Operations of a block, grouped by the depthwise weight that they read."""
+    groups: dict[int, list[Operation]] = {}
+    for op in supernet.space.live[block]:
+        groups.setdefault(supernet.block_weights(block, op).depthwise.data_ptr(), []).append(op)
+    return groups
+
+
+def test_who_shares_convolution_weights():
+    ops = TINY.live[0]
+    nested, channels, independent = (distinct_weights(Supernet(TINY, sharing), 0) for sharing in SHARINGS)
+    assert list(nested.values()) == [list(ops)]
+    assert sorted(map(sorted, channels.values())) == sorted(
+        [Operation(k, t, 8), Operation(k, t, 12)] for k in (3, 5) for t in (2, 3)
+    )
+    assert sorted(independent.values()) == sorted([op] for op in ops)
+
+
+@all_sharings
+def test_every_operation_has_its_own_normalisation_and_weights_are_as_large_as_needed(sharing):
+    supernet = Supernet(TINY, sharing)
+    for i, live in enumerate(TINY.live):
+        assert len({id(bn) for op in live for bn in supernet.block_norms(i, op)}) == 3 * len(live)
+    weights = supernet.block_weights(1, Operation(3, 2, 8))  # in = c, spring: out = 12
+    sizes = {"nested": (36, 12, 5, 12), "channels": (24, 12, 3, 12), "independent": (16, 8, 3, 12)}[sharing]
+    assert weights.expand.shape == sizes[:2]
+    assert weights.depthwise.shape == (sizes[0], 1, sizes[2], sizes[2])
+    assert weights.project.shape == (sizes[3], sizes[0])
+
+
+def test_unknown_sharing():
+    with pytest.raises(UserError, match="weight sharing 'own' is unknown; allowed are nested, channels, independent"):
+        Supernet(TINY, "own")
+
+
+# ---- active parameters
+
+
+@all_sharings
+@both_spaces
+def test_active_parameters_are_exactly_those_with_a_gradient(space, sharing):
+    supernet = trained_like_supernet(space, sharing).train()
+    names = {id(p): name for name, p in supernet.named_parameters()}
+    for arch in random_archs(space, 5):
+        supernet.zero_grad(set_to_none=True)
+        F.cross_entropy(supernet(images(space), arch), torch.arange(4) % space.classes).backward()
+        active = supernet.active_parameters(arch)
+        assert len({id(p) for p in active}) == len(active)
+        moved = {name for name, p in supernet.named_parameters() if p.grad is not None}
+        assert {names[id(p)] for p in active} == moved
+        nonzero = {name for name, p in supernet.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        assert moved == nonzero
+
+
+@all_sharings
+def test_a_round_reaches_every_parameter(sharing):
+    supernet = Supernet(TINY, sharing)
+    reached = {id(p) for r in range(2) for arch in fair_round(TINY, 0, r) for p in supernet.active_parameters(arch)}
+    assert reached == {id(p) for p in supernet.parameters()}
+
+
+def test_statistics_move_only_on_the_path():
+    supernet = trained_like_supernet(TINY).train()
+    before = {name: buffer.clone() for name, buffer in supernet.named_buffers()}
+    supernet(images(TINY), ARCH)
+    on_path = {f"blocks.{i}.norms.{op}." for i, op in enumerate(ARCH.operations)}
+    on_path |= {"stem_bn.", "separable_bns.", "tail_bns.c32."}
+    for name, buffer in supernet.named_buffers():
+        assert torch.equal(buffer, before[name]) != name.startswith(tuple(on_path)), name
+
+
+# ---- shrinking
+
+
+@all_sharings
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_shrinking_keeps_the_outputs_of_survivors(sharing, seed):
+    supernet = trained_like_supernet(TINY, sharing)
+    rng = random.Random(seed)
+    space = shrunk_at_random(TINY, rng)
+    smaller = supernet.shrunk(space)
+    assert not smaller.training
+    for arch in random_archs(space, 5):
+        torch.testing.assert_close(smaller(images(TINY), arch), supernet(images(TINY), arch), rtol=1e-5, atol=1e-5)
+    supernet.train()
+    smaller.train()
+    for arch in random_archs(space, 3, seed=1):
+        torch.testing.assert_close(smaller(images(TINY), arch), supernet(images(TINY), arch), rtol=1e-5, atol=1e-5)
+
+
+def test_the_centre_of_a_kernel_stays_when_the_largest_kernels_go():
+    supernet = trained_like_supernet(TINY, "nested")
+    space = TINY.with_live([[op for op in ops if op.kernel == 3] or ops for ops in TINY.live])
+    smaller = supernet.shrunk(space)
+    assert smaller.blocks[0].weights["all"].depthwise.shape == (12, 1, 3, 3)
+    for arch in random_archs(space, 5):
+        torch.testing.assert_close(smaller(images(TINY), arch), supernet(images(TINY), arch), rtol=1e-5, atol=1e-5)
+
+
+@all_sharings
+def test_dropped_operations_leave_the_supernet(sharing):
+    supernet = trained_like_supernet(TINY, sharing)
+    space = shrunk_at_random(TINY, random.Random(4))
+    smaller = supernet.shrunk(space)
+    for i, live in enumerate(space.live):
+        assert set(smaller.blocks[i].norms) == {str(op) for op in live}
+    expected = {"nested": lambda op: "all", "channels": lambda op: str(op.block_op), "independent": str}[sharing]
+    for block, live in zip(smaller.blocks, space.live, strict=True):
+        assert set(block.weights) == {expected(op) for op in live}
+    assert {name for name, _ in smaller.named_parameters()} < {name for name, _ in supernet.named_parameters()}
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in supernet.parameters())
+    # What is left belongs to the smaller supernet alone: the larger one can be freed.
+    assert not {p.data_ptr() for p in smaller.parameters()} & {p.data_ptr() for p in supernet.parameters()}
+    state = supernet.state_dict()
+    for name, tensor in smaller.state_dict().items():
+        if "norms" in name or name.startswith(("stem", "separable", "classifier")):
+            assert torch.equal(tensor, state[name]), name
+
+
+@all_sharings
+def test_weights_are_no_larger_than_the_survivors_use(sharing):
+    """Every element of every block weight is inside the slice of some surviving operation."""
+    space = shrunk_at_random(TINY, random.Random(4))
+    supernet = Supernet(TINY, sharing).shrunk(space)
+    largest: dict[int, list[tuple[int, ...]]] = {}
+    for arch in (arch for r in range(12) for arch in fair_round(space, 0, r)):
+        for i, (op, dims) in enumerate(zip(arch.operations, space.supernet_dims(arch), strict=True)):
+            weights = supernet.block_weights(i, op)
+            largest.setdefault(id(weights.project), []).append((dims.out_channels, dims.hidden))
+            largest.setdefault(id(weights.depthwise), []).append((dims.hidden, 1, dims.kernel, dims.kernel))
+    for block in supernet.blocks:
+        for weights in block.weights.values():
+            for parameter in (weights.project, weights.depthwise):
+                assert tuple(parameter.shape) == tuple(map(max, zip(*largest[id(parameter)], strict=True)))
+
+
+def test_shrinking_twice_ends_where_shrinking_once_does():
+    supernet = trained_like_supernet(TINY, "nested")
+    rng, spaces = random.Random(0), [TINY]
+    for keep in (4, 1):
+        archs = [uniform_arch(spaces[-1], rng) for _ in range(60)]
+        spaces.append(shrink(spaces[-1], importance(spaces[-1], archs, [rng.random() for _ in archs]), keep))
+    twice, once = supernet.shrunk(spaces[1]).shrunk(spaces[2]), supernet.shrunk(spaces[2])
+    assert spaces[2].num_architectures == 1
+    for (name, a), (other, b) in zip(twice.state_dict().items(), once.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+
+
+def test_another_table_cannot_be_shrunk_to():
+    with pytest.raises(AssertionError, match="shrinking keeps the table"):
+        Supernet(TINY).shrunk(digits_space())

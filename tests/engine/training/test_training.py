@@ -1,0 +1,149 @@
+"""Supernet training: reproducible, resumable at an epoch, in all sampling modes, leaving dead weights alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bsnas.engine.config import SamplingConfig
+from bsnas.engine.host.distributed import Process
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.space.space import Space
+from bsnas.engine.training.supernet import SupernetTrainer
+from tests.engine.training.cases import make_trainer, metrics, tiny_config
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def whole_run(alone: Process, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, SupernetTrainer]:
+    """A training from start to end."""
+    config = tiny_config(cache)
+    run = RunDir.create(tmp_path_factory.mktemp("runs") / "whole", config)
+    trainer = make_trainer(run, config, alone)
+    trainer.train()
+    return run, trainer
+
+
+def test_a_training_learns_and_shrinks(whole_run: tuple[RunDir, SupernetTrainer]) -> None:
+    run, trainer = whole_run
+    epochs = [line for line in metrics(run) if line["kind"] == "epoch"]
+    assert [line["epoch"] for line in epochs] == [1, 2, 3]
+    assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.1
+    assert trainer.space.max_live <= 2
+    assert run.spaces()[-1] == trainer.space
+    assert trainer.figures()["passes"] == trainer.progress.passes >= 3 * trainer.loader.steps_per_epoch
+
+
+def test_the_same_seed_gives_the_same_metrics(
+    whole_run: tuple[RunDir, SupernetTrainer], alone: Process, cache: Path, tmp_path: Path
+) -> None:
+    run, trainer = whole_run
+    again = RunDir.create(tmp_path / "again", tiny_config(cache))
+    repeated = make_trainer(again, tiny_config(cache), alone)
+    repeated.train()
+    assert metrics(again) == metrics(run)
+    for name, tensor in repeated.supernet.state_dict().items():
+        assert torch.equal(tensor, trainer.supernet.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(
+    whole_run: tuple[RunDir, SupernetTrainer], alone: Process, cache: Path, tmp_path: Path, stop_after: int
+) -> None:
+    run, trainer = whole_run
+    config = tiny_config(cache)
+    stopped = RunDir.create(tmp_path / "stopped", config)
+    first = make_trainer(stopped, config, alone)
+    for _ in range(stop_after):
+        first.train_epoch()
+    if stop_after == 2:
+        first.make_shrink_step()  # dies after the step and before the next checkpoint
+    first.writer.wait()
+    second = make_trainer(stopped, config, alone)
+    assert second.progress.epoch == stop_after
+    second.train()
+    assert metrics(stopped) == metrics(run)
+    for name, tensor in second.supernet.state_dict().items():
+        assert torch.equal(tensor, trainer.supernet.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("batches", ["shared", "fresh"])
+@pytest.mark.parametrize("update", ["round", "path"])
+@pytest.mark.parametrize("sampler", ["fair", "uniform"])
+def test_every_sampling_mode_trains(
+    alone: Process, cache: Path, tmp_path: Path, sampler: str, update: str, batches: str
+) -> None:
+    sampling = SamplingConfig(sampler=sampler, update=update, batches=batches)  # type: ignore[arg-type]
+    config = tiny_config(cache, sampling=sampling)
+    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
+    before = {name: p.detach().clone() for name, p in trainer.supernet.named_parameters()}
+    trainer.train_epoch()
+    paths = trainer.progress.rounds * trainer.space.max_live
+    assert trainer.progress.passes == paths >= trainer.loader.steps_per_epoch
+    assert trainer.progress.batches == (paths if batches == "fresh" else trainer.progress.rounds)
+    moved = {name for name, p in trainer.supernet.named_parameters() if not torch.equal(p, before[name])}
+    if sampler == "fair":
+        assert moved == set(before)
+    else:
+        assert "stem_conv.weight" in moved
+
+
+def test_dropped_operations_keep_their_weights(alone: Process, cache: Path, tmp_path: Path) -> None:
+    config = tiny_config(cache, sharing="channels")
+    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
+    trainer.train_epoch()
+    larger = trainer.supernet
+    values = {name: tensor.clone() for name, tensor in larger.state_dict().items()}
+    trainer.make_shrink_step()
+    survivors = set(trainer.supernet.state_dict())
+    assert survivors < set(values)
+    for name, tensor in trainer.supernet.state_dict().items():
+        assert torch.equal(tensor, values[name][tuple(map(slice, tensor.shape))]), name
+    trainer.train_epoch()
+    for name, tensor in larger.state_dict().items():
+        assert torch.equal(tensor, values[name]), name
+    owned = {id(p) for group in trainer.optimization.optimizer.param_groups for p in group["params"]}
+    assert owned == {id(p) for p in trainer.supernet.parameters()}
+
+
+def test_operations_never_sampled_keep_their_weights(
+    alone: Process, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(cache, sharing="channels")
+    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
+    fair = trainer.draw_round
+
+    def only_kernel_3(space: Space, seed: int, round_index: int):  # type: ignore[no-untyped-def]
+        narrow = space.with_live([[op for op in ops if op.kernel == 3] for ops in space.live])
+        return fair(narrow, seed, round_index)
+
+    monkeypatch.setattr(trainer, "draw_round", only_kernel_3)
+    before = {name: tensor.clone() for name, tensor in trainer.supernet.state_dict().items()}
+    trainer.train_epoch()
+    never = [name for name in before if "k5t2" in name]
+    assert never
+    for name in never:
+        assert torch.equal(trainer.supernet.state_dict()[name], before[name]), name
+    assert not torch.equal(
+        trainer.supernet.state_dict()["blocks.0.weights.k3t2.project"], before["blocks.0.weights.k3t2.project"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"zero_optimization": {"stage": 1}}, "ZeRO stage 1 in the DeepSpeed configuration; allowed is 0"),
+        ({"gradient_accumulation_steps": 4}, "gradient accumulation in the DeepSpeed configuration"),
+    ],
+)
+def test_a_deepspeed_configuration_that_breaks_training_is_refused(
+    alone: Process, cache: Path, tmp_path: Path, overrides: dict[str, object], message: str
+) -> None:
+    config = tiny_config(cache)
+    with pytest.raises(UserError, match=message):
+        make_trainer(RunDir.create(tmp_path / "run", config), config, alone, overrides)

@@ -1,0 +1,170 @@
+import random
+import time
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.presets import imagenet_space, mobilenet_v2_space
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.sampling import uniform_arch
+from bsnas.engine.space.space import Arch, Space
+from bsnas.search.algorithms.evolution import EvolutionConfig, evolve, ranked
+from bsnas.search.costs.constraints import Constraints, Limit
+from tests.search.spaces import all_archs, random_space
+
+
+class ToyScore(NamedTuple):
+    top1: float
+    top5: float = 1.0
+    loss: float = 0.0
+    complete: bool = True
+
+
+class Toy:
+    """Top-1 is the share of genes that equal those of a target; remembers every batch that it was asked for."""
+
+    def __init__(self, target: Arch) -> None:
+        self.target = target
+        self.batches: list[list[Arch]] = []
+
+    def __call__(self, archs: list[Arch]) -> list[ToyScore]:
+        self.batches.append(archs)
+        return [ToyScore(self.top1(arch)) for arch in archs]
+
+    def top1(self, arch: Arch) -> float:
+        genes = [a == b for a, b in zip(arch.channels, self.target.channels, strict=True)]
+        genes += [a == b for a, b in zip(arch.flat_blocks, self.target.flat_blocks, strict=True)]
+        return sum(genes) / len(genes)
+
+    @property
+    def asked(self) -> list[Arch]:
+        return [arch for batch in self.batches for arch in batch]
+
+
+def constraints_of(space: Space, *limits: Limit) -> Constraints:
+    model = CostModel(space)
+    return Constraints(limits, {"macs": model.macs, "params": model.params})
+
+
+def test_the_papers_search_finds_a_known_optimum_inside_its_budget():
+    space = imagenet_space()
+    macs = CostModel(space).macs
+    target = min((uniform_arch(space, random.Random(seed)) for seed in range(200)), key=lambda a: abs(macs(a) - 460e6))
+    toy = Toy(target)
+    constraints = constraints_of(space, Limit("macs", high=465e6))
+    generations = list(evolve(space, constraints, toy, EvolutionConfig()))
+    assert [len(batch) for batch in toy.batches] == [75] * 21, "one batch per generation, the last one ranked too"
+    assert len(set(toy.asked)) == len(toy.asked), "evaluated twice"
+    assert all(macs(arch) <= 465e6 for arch in toy.asked)
+    best = ranked(generations)[0]
+    at_random = max(toy.top1(arch) for arch in toy.batches[0])
+    assert best.top1 > 0.9 > at_random + 0.2, (best.top1, at_random)
+    assert best.costs == {"macs": macs(best.arch), "params": CostModel(space).params(best.arch)}
+
+
+def test_a_generation_is_a_third_crossover_a_third_mutation_and_random_rest():
+    space = imagenet_space()
+    toy = Toy(uniform_arch(space, random.Random(9)))
+    first, second = evolve(space, constraints_of(space), toy, EvolutionConfig(iterations=1))
+    parents = [candidate.arch for candidate in ranked([first])[:10]]
+    values = [[{arch.flat_blocks[i] for arch in parents}, i] for i in range(space.num_blocks)]
+    crossed = [all(c.arch.flat_blocks[i] in genes for genes, i in values) for c in second]
+    assert all(crossed[:25])
+    distances = [
+        min(sum(a != b for a, b in zip(c.arch.flat_blocks, p.flat_blocks, strict=True)) for p in parents)
+        for c in second
+    ]
+    assert sum(distances[25:50]) / 25 < 4 < 8 < sum(distances[50:]) / 25
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**9).map(random.Random))
+def test_small_shrunk_spaces_are_searched_until_nothing_is_left(rng):
+    space = random_space(rng, max_architectures=200)
+    archs = all_archs(space)
+    macs = CostModel(space).macs
+    limit = Limit("macs", high=macs(rng.choice(archs)))
+    feasible = {arch for arch in archs if limit.allows(macs(arch))}
+    toy = Toy(rng.choice(sorted(feasible, key=str)))
+    config = EvolutionConfig(population=30, iterations=15, crossover=10, mutation=10, seed=rng.randrange(9))
+    generations = list(evolve(space, constraints_of(space, limit), toy, config))
+    assert len(set(toy.asked)) == len(toy.asked)
+    assert set(toy.asked) <= feasible
+    assert len(toy.asked) >= 0.9 * len(feasible)
+    if len(toy.asked) == len(feasible):
+        assert ranked(generations)[0].top1 == 1.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**9).map(random.Random), st.integers(0, 5))
+def test_a_continued_search_ends_like_an_uninterrupted_one(rng, killed_after):
+    space = random_space(rng)
+    constraints = constraints_of(space)
+    toy = Toy(uniform_arch(space, rng))
+    config = EvolutionConfig(population=12, iterations=5, crossover=4, mutation=4, seed=rng.randrange(9))
+    whole = list(evolve(space, constraints, toy, config))
+    done = whole[:killed_after]
+    rest = list(evolve(space, constraints, toy, config, done))
+    assert done + rest == whole
+
+
+def test_seeds_decide_everything():
+    space = imagenet_space()
+    toy = Toy(uniform_arch(space, random.Random(1)))
+
+    def run(seed):
+        config = EvolutionConfig(population=9, iterations=3, crossover=3, mutation=3, seed=seed)
+        return list(evolve(space, constraints_of(space, Limit("macs", high=300e6)), toy, config))
+
+    assert run(0) == run(0) != run(1)
+
+
+def test_a_space_of_one_architecture_is_evaluated_once():
+    space = mobilenet_v2_space()
+    start = time.perf_counter()
+    toy = Toy(uniform_arch(space, random.Random(0)))
+    (generation,) = evolve(space, constraints_of(space), toy, EvolutionConfig())
+    assert len(generation) == len(toy.asked) == 1
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        [Limit("macs", high=150e6)],
+        [Limit("macs", low=800e6)],
+        [Limit("macs", low=750e6), Limit("params", high=3e6)],
+        [Limit("macs", low=199_964_417, high=199_964_500)],
+    ],
+    ids=["below", "above", "together", "gap"],
+)
+def test_an_infeasible_budget_ends_soon_with_the_reachable_range(limits):
+    space = imagenet_space()
+    start = time.perf_counter()
+    toy = Toy(uniform_arch(space, random.Random(0)))
+    with pytest.raises(
+        UserError, match=r"no architecture has .*; reachable .*: macs \d.* to \d.*; set the limits inside"
+    ):
+        next(evolve(space, constraints_of(space, *limits), toy, EvolutionConfig()))
+    assert time.perf_counter() - start < 5
+    assert not toy.asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"population": 0}, "population and parents must be at least 1"),
+        ({"population": 40}, "25 children by crossover and 25 by mutation do not fit into a population of 40"),
+        ({"mutation_probability": 1.5}, "mutation probability 1.5; it must lie between 0 and 1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        EvolutionConfig(**settings)
+
+
+def test_scaled_settings_keep_the_papers_proportions():
+    assert EvolutionConfig.scaled(population=75, iterations=20, seed=0) == EvolutionConfig()
