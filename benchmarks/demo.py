@@ -12,11 +12,13 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if find_spec("bsnas") is None:
+    print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 from bsnas.engine.host.preemption import EXIT_CONTINUE, GRACE_SECONDS, Preempted, handle_signals
 
@@ -34,6 +36,8 @@ from bsnas.engine.host.errors import UserError, run
 from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.runs.rundir import RunDir, read_json
 from bsnas.engine.training.metrics import duration
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,13 @@
 
     python benchmarks/kernel_speed.py --json speed.json
 
-On a GPU: bf16, 256 images of 224x224 through the mean path of the paper's Table 1 (benchmarks/parts/kernel/mean_path.py), eager,
-torch.compile and the Triton kernels, launched one by one and as one CUDA graph. On a CPU: 64 images of 64x64 through
-the same blocks in every precision and layout that eager PyTorch offers, compiled and not, against the oneDNN backend;
-and folded blocks against eager ones, first with glibc's own allocator setting, then with the one of training, so that
-the allocator's share shows. Values are checked first, in the same process, with the code that is then timed. Rows are
-appended to benchmarks/results/. Compiled contenders take minutes to start the first time; torch keeps what it compiled.
+On a GPU: bf16, 256 images of 224x224 through the mean path of the paper's Table 1
+(benchmarks/parts/kernel/mean_path.py), eager, torch.compile and the Triton kernels, launched one by one and as one CUDA
+graph. On a CPU: 64 images of 64x64 through the same blocks in every precision and layout that eager PyTorch offers,
+compiled and not, against the oneDNN backend; and folded blocks against eager ones, first with glibc's own allocator
+setting, then with the one of training, so that the allocator's share shows. Values are checked first, in the same
+process, with the code that is then timed. Rows are appended to benchmarks/results/. Compiled contenders take minutes to
+start the first time; torch keeps what it compiled.
 """
 
 import sys

@@ -4,8 +4,9 @@ python benchmarks/loader.py
 python benchmarks/loader.py --cases photographs --rounds 9 --json loader.json
 
 On the CPU, in one run and on the same cores: every contender has as many threads or workers as there are cores. The
-photographs are generated (see benchmarks/parts/loading/photographs.py); the resized copy is the one that engine/prepare.py --resize
-256 writes. Contenders take turns in every round; figures are medians over rounds, ratios are taken within a round.
+photographs are generated (see benchmarks/parts/loading/photographs.py); the resized copy is the one that
+engine/prepare.py --resize 256 writes. Contenders take turns in every round; figures are medians over rounds, ratios are
+taken within a round.
 """
 
 import os

@@ -5,9 +5,9 @@ python benchmarks/throughput.py --preset digits --batch-size 64 --rounds 9 --jso
 python benchmarks/throughput.py --path /data/imagenet --batches fresh
 
 The trainer of a preset runs rounds of paths with its loader and with a batch that is in memory already, in turns.
-Without --path, the imagenet preset gets generated photographs (benchmarks/parts/loading/photographs.py). images_per_s counts
-forward-backward passes over images; ratios are taken within a turn, figures are medians over turns, which swap their
-order each time.
+Without --path, the imagenet preset gets generated photographs (benchmarks/parts/loading/photographs.py). images_per_s
+counts forward-backward passes over images; ratios are taken within a turn, figures are medians over turns, which swap
+their order each time.
 """
 
 import sys

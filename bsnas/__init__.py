@@ -1,1 +1,4 @@
-"""BS-NAS: one-shot architecture search with searchable channel numbers. The packages are links to the folders beside this one."""
+"""BS-NAS: one-shot architecture search with searchable channel numbers.
+
+Its packages are links to the folders beside this one.
+"""

@@ -3,14 +3,12 @@
 python docs/draw.py
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
 
 import matplotlib as mpl
 from matplotlib.axes import Axes

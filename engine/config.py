@@ -11,8 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.networks.supernet import Sharing
-from bsnas.engine.space.space import Space
+from bsnas.engine.space.space import Sharing, Space
 
 Config = TypeVar("Config")
 Precision = Literal["fp32", "bf16", "fp16"]

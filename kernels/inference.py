@@ -7,9 +7,9 @@ Two families, equal in meaning on every backend:
   each from another network that uses the same weights with its own batch normalisation. `folded_*` is the case S = 1.
 
 Backends: `reference` (plain torch, any device) is the specification; `onednn` (CPU) and `triton` (NVIDIA GPU) run the
-convolution with its tail as one kernel. They are chosen as in training (`bsnas.kernels.dispatch`), by what `set_backend` or
-BSNAS_KERNELS forces, else by device. Activations are [N, C, H, W] in
-channels_last; convolutions keep the size at stride 1 ("same" padding, odd kernels).
+convolution with its tail as one kernel. They are chosen as in training (`kernels/dispatch.py`), by what `set_backend`
+or BSNAS_KERNELS forces, else by device. Activations are [N, C, H, W] in channels_last; convolutions keep the size at
+stride 1 ("same" padding, odd kernels).
 """
 
 from typing import Any

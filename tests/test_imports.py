@@ -1,61 +1,136 @@
-"""Imports run one way: kernels <- engine <- search <- benchmarks <- tests; the space and the costs need no torch."""
+"""Imports run one way, between packages and between their folders; what needs no torch, or no DALI, loads none.
+
+The order of a package is the order of its folders below: nothing imports what stands behind it.
+"""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("kernels", "engine", "search", "benchmarks", "tests")
-NO_TORCH = ("errors", "preemption", "space", "cost", "sampling", "shrink")
-ALLOWED_WITHOUT_TORCH = {f"engine.{name}" for name in NO_TORCH} | {"engine"}
+from tests import ROOT
+
+PACKAGES = ("kernels", "engine", "search", "benchmarks", "tests")
+ORDER = {
+    "kernels": ("block", "reference", "graphs", "cpu", "gpu", "dispatch", "inference", "tools"),
+    "engine": (
+        "host", "space", "networks", "data", "config", "presets", "runs", "checkpoints", "evaluation", "training",
+        "release", "prepare", "train", "retrain", "export", "status",
+    ),
+    "search": ("costs", "backends", "latency_tables", "algorithms", "runs", "reporting", "latency", "evolve", "report"),
+}  # fmt: skip
+"""The folders and modules of each package, each before what may import it."""
+NO_TORCH = ("engine/space", "engine/host/errors.py", "engine/host/preemption.py", "engine/config.py")
+"""Folders and files whose modules load without torch."""
+DALI_ALLOWED = ("engine/data/loading", "benchmarks/parts/loading", "benchmarks/loader.py")
+MOST_MODULES = {"engine": 12, "search": 8}
+"""Modules that lie directly in a package: its scripts and little else."""
 
 
-def imported_modules(file: Path) -> set[str]:
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported_modules(file: Path) -> Iterator[str]:
     """Every module that the file imports anywhere, function bodies included, by its full name."""
-    names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(), str(file))):
         if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
             assert node.module is not None
-            names.add(node.module)
-    return names
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)  # each may be a module
 
 
-def sources(layer: str) -> list[Path]:
-    return sorted((ROOT / layer).rglob("*.py"))
+def ours(file: Path) -> Iterator[tuple[str, ...]]:
+    """Of the imported modules those of this project, as (package, folder or module, ...)."""
+    for name in imported_modules(file):
+        first, *rest = name.split(".")
+        if first == "bsnas" and rest:
+            yield tuple(rest)
+        elif first == "tests":
+            yield (first, *rest)
 
 
-@pytest.mark.parametrize("layer", LAYERS[:-1])
-def test_no_layer_imports_a_later_one(layer):
-    later = set(LAYERS[LAYERS.index(layer) + 1 :])
-    assert sources(layer), f"no files under {layer}/"
+@pytest.mark.parametrize("package", PACKAGES[:-1])
+def test_no_package_imports_a_later_one(package: str) -> None:
+    later = set(PACKAGES[PACKAGES.index(package) + 1 :])
+    assert sources(package), f"no files under {package}/"
     wrong = {
-        f"{file.relative_to(ROOT)} imports {name}"
-        for file in sources(layer)
-        for name in imported_modules(file)
-        if name.split(".")[0] in later
+        f"{file.relative_to(ROOT)} imports {'.'.join(name)}"
+        for file in sources(package)
+        for name in ours(file)
+        if name[0] in later
     }
     assert not wrong
 
 
-@pytest.mark.parametrize("name", NO_TORCH)
-def test_space_and_costs_import_only_the_standard_library_and_one_another(name):
-    names = imported_modules(ROOT / "engine" / f"{name}.py")
-    foreign = {n for n in names if n.split(".")[0] not in sys.stdlib_module_names and n not in ALLOWED_WITHOUT_TORCH}
-    assert not foreign
+@pytest.mark.parametrize("package", ORDER)
+def test_inside_a_package_imports_run_in_the_order_of_its_folders(package: str) -> None:
+    order = ORDER[package]
+    there = {
+        path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert there - {"__init__"} == set(order), "a folder has no place in the order"
+    wrong = set()
+    for file in sources(package):
+        place = file.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        for name in ours(file):
+            if place in order and name[0] == package and len(name) > 1 and name[1] in order[order.index(place) + 1 :]:
+                wrong.add(f"{file.relative_to(ROOT)} imports {'.'.join(name)}")
+    assert not wrong
 
 
-def test_costs_are_computed_without_torch_being_loaded():
+@pytest.mark.parametrize("package", PACKAGES[:-1])
+def test_modules_are_imported_by_the_name_that_an_installation_has(package: str) -> None:
+    wrong = {
+        f"{file.relative_to(ROOT)} imports {name}"
+        for folder in (package, "tests", "docs")
+        for file in sources(folder)
+        for name in imported_modules(file)
+        if name.split(".")[0] in PACKAGES[:-1]
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", MOST_MODULES)
+def test_a_package_is_folders_not_a_hall(package: str) -> None:
+    assert len(list((ROOT / package).glob("*.py"))) <= MOST_MODULES[package]
+
+
+def test_only_the_loader_knows_dali() -> None:
+    files = {
+        file.relative_to(ROOT).as_posix()
+        for package in PACKAGES[:-1]
+        for file in sources(package)
+        if any(name.split(".")[0] == "nvidia" for name in imported_modules(file))
+    }
+    assert files, "no file imports DALI"
+    assert not {file for file in files if not file.startswith(DALI_ALLOWED)}
+
+
+def test_what_needs_no_torch_loads_none() -> None:
+    names = [
+        "bsnas." + ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for place in NO_TORCH
+        for file in (sources(place) if (ROOT / place).is_dir() else [ROOT / place])
+    ]
     program = (
-        "import sys; import bsnas.engine.space.cost, bsnas.engine.space.sampling, bsnas.engine.space.shrink, bsnas.engine.space.space as s; "
-        "space = s.Space(clusters=(s.Cluster(blocks=1, kernels=(3,), expansions=(2,), channels=(8,), stride=1),)); "
-        "arch = bsnas.engine.space.sampling.fair_round(space, 0, 0)[0]; assert bsnas.engine.space.cost.CostModel(space).macs(arch) > 0; "
-        "print('torch' in sys.modules)"
+        f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\nprint('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_map_of_the_readme_names_every_folder_in_this_order() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for package, order in ORDER.items():
+        folders = [f"{package}/{name}/" for name in order if (ROOT / package / name).is_dir()]
+        places = [readme.find(folder) for folder in folders]
+        assert -1 not in places, f"not in the map: {[f for f, p in zip(folders, places, strict=True) if p < 0]}"
+        assert all(a < b for a, b in pairwise(places)) or package != "engine"

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
+
 PACKAGES = ("engine", "kernels", "search", "benchmarks")
 ERRORS = {"UserError", "MachineError", "Preempted", "CannotRun", "ValueError", "RuntimeError"}
 LENGTH = 12

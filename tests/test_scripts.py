@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from bsnas.engine.runs.rundir import RunDir
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
 
 
 def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

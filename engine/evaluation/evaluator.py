@@ -3,10 +3,11 @@
     evaluator = Evaluator(supernet, search_val, device=device, store=run.evaluations)
     scores = evaluator.evaluate(archs)
 
-Everything that scores subnets (shrinking, evolution, ranking) goes through `Evaluator.evaluate`. The architectures of
-a call form a prefix tree (engine/evaluation/tree.py) that images pass in chunks (engine/evaluation/walk.py), with batch
-normalisation folded from running statistics (engine/evaluation/folded.py) or recalibrated (engine/evaluation/recalibration.py). Images are
-split over the ranks of torch.distributed; counts are summed, so the result does not depend on the number of ranks.
+Everything that scores subnets (shrinking, evolution, ranking) goes through `Evaluator.evaluate`. The architectures of a
+call form a prefix tree (engine/evaluation/tree.py) that images pass in chunks (engine/evaluation/walk.py), with batch
+normalisation folded from running statistics (engine/evaluation/folded.py) or recalibrated
+(engine/evaluation/recalibration.py). Images are split over the ranks of torch.distributed; counts are summed, so the
+result does not depend on the number of ranks.
 """
 
 import hashlib

@@ -8,23 +8,15 @@ A supernet holds only the live operations of its space. `shrunk` gives the small
 """
 
 from collections.abc import Iterator
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.space.space import Arch, Operation, Space
+from bsnas.engine.space.space import Arch, Operation, Sharing, Space
 from bsnas.kernels import BlockShape, BlockWeights, inverted_residual, pointwise_bn_relu6
-
-Sharing = Literal["nested", "channels", "independent"]
-"""Who shares convolution weights inside a block.
-
-- `nested`: all operations; kernels are centre crops of the largest, expansions and channels are slices.
-- `channels`: the operations of one (kernel, expansion), as the choice blocks of SPOS and FairNAS.
-- `independent`: nobody.
-"""
 
 
 def _weight_key(op: Operation, sharing: Sharing) -> str:

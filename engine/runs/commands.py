@@ -93,7 +93,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of this code, marked with + when files differ from it."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -15,9 +15,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from bsnas.engine.host.errors import UserError
+
+Sharing = Literal["nested", "channels", "independent"]
+"""Who shares convolution weights inside a block.
+
+- `nested`: all operations; kernels are centre crops of the largest, expansions and channels are slices.
+- `channels`: the operations of one (kernel, expansion), as the choice blocks of SPOS and FairNAS.
+- `independent`: nobody.
+"""
 
 
 class BlockOp(NamedTuple):

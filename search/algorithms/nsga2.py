@@ -43,7 +43,7 @@ def evolve_front(
 ) -> Iterator[Generation]:
     """Yield every generation after its evaluation, from the first that `done` does not hold.
 
-    As `bsnas.search.algorithms.evolution.evolve`, but top-1 is maximised and `costs` are minimised together. `population` survivors of
+    As `evolution.evolve`, but top-1 is maximised and `costs` are minimised together. `population` survivors of
     everything evaluated are the parents of as many children. Random draws spread over the range of the first cost,
     and the network of the smallest cost is among the first ones.
     """

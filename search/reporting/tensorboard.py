@@ -1,6 +1,7 @@
 """What a search found, for TensorBoard: progress as scalars and histograms, the architecture and the front as images.
 
-The training writes its own scalars and distributions (engine/training/metrics.py). A search has a directory of its own beside
+The training writes its own scalars and distributions (engine/training/metrics.py).
+A search has a directory of its own beside
 them, written anew from the run's files whenever it is called, so a continued search is not drawn twice.
 """
 

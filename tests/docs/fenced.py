@@ -8,9 +8,9 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 PAGES = [
     ROOT / "README.md", ROOT / "docs/tutorial-digits.md", ROOT / "docs/tutorial-own-images.md",
     *sorted({*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"}),

@@ -14,7 +14,8 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 ALONE = ("benchmarks/serve_check.py",)
 """Scripts that need a process of their own: this one proves that serving needs no torch."""
 

@@ -14,6 +14,7 @@ import pytest
 from deepspeed.launcher import runner
 from PIL import Image
 
+import bsnas.engine.host.cli
 from tests.docs.fenced import ROOT, Command, blocks, commands_to, script_and_options
 
 SMALLER = {
@@ -96,9 +97,9 @@ def test_a_command_is_understood_by_its_script(command: Command, monkeypatch: py
         assert understood.user_script == script
         if understood.hostfile.startswith("docs/"):
             assert runner.fetch_hostfile(understood.hostfile)
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    module = importlib.import_module("bsnas." + script.removesuffix(".py").replace("/", "."))
     parse_args = argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(engine.cli, "use_options", stop)
+    monkeypatch.setattr(bsnas.engine.host.cli, "use_options", stop)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser: stop(parse_args(parser)))
     monkeypatch.setattr(sys, "argv", [script, *options])
     with pytest.raises(Parsed):

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from tests import ROOT
+
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -51,7 +53,7 @@ from bsnas.kernels.tools.ahead_of_time import (
     tail_launches,
 )
 
-DIRECTORY = Path(__file__).parents[2] / "kernels"
+DIRECTORY = ROOT / "kernels" / "gpu"
 BUDGETS = Path(__file__).parent / "budgets.json"
 WRITE = os.environ.get("BSNAS_WRITE_BUDGETS") == "1"
 HOPPER = H100._replace(name="another Hopper")  # has no table
@@ -221,7 +223,7 @@ def test_every_entry_of_the_tables_is_compiled(monkeypatch: pytest.MonkeyPatch) 
 
 def test_every_kernel_is_compiled() -> None:
     """All that are defined in the modules of the Triton kernels."""
-    modules = [importlib.import_module(f"kernels.{path.stem}") for path in DIRECTORY.glob("triton_*.py")]
+    modules = [importlib.import_module(f"bsnas.kernels.gpu.{path.stem}") for path in DIRECTORY.glob("[!_]*.py")]
     defined = {k.fn.__name__ for module in modules for k in vars(module).values() if isinstance(k, CachedLaunches)}
     assert len(defined) >= 15
     for capability, dtype in product((80, 90), (BF16, FP16, FP32)):

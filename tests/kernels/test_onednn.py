@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bsnas.kernels import BlockShape, BlockWeights, choose_backend, inverted_residual, pointwise_bn_relu6
 from bsnas.kernels.cpu import native
+from tests import ROOT
 from tests.kernels.tolerances import TOLERANCE, error
 
 SIZES = [(8, 8), (7, 9), (1, 5)]
@@ -229,7 +230,7 @@ else:
     raise AssertionError
 """
     environment = os.environ | {"CXX": compiler, "BSNAS_CACHE": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=ROOT)
 
 
 BUILD = "from kernels import native; import ctypes; assert native.why_not() is None, native.why_not(); print('built')"
@@ -237,7 +238,7 @@ BUILD = "from kernels import native; import ctypes; assert native.why_not() is N
 
 def build(cache: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-c", BUILD], env=os.environ | {"BSNAS_CACHE": str(cache)}, cwd=Path(__file__).parents[2],
+        [sys.executable, "-c", BUILD], env=os.environ | {"BSNAS_CACHE": str(cache)}, cwd=ROOT,
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

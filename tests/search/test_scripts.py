@@ -10,6 +10,8 @@ import onnx
 import pytest
 import torch
 
+import bsnas.benchmarks.latency
+import bsnas.engine.export
 from bsnas.benchmarks.latency import LatencyArguments
 from bsnas.benchmarks.parts.timing.latency_report import show
 from bsnas.engine.evaluation.of_run import TrainedRun
@@ -26,9 +28,9 @@ from bsnas.search.costs.constraints import Limit
 from bsnas.search.evolve import EvolveArguments
 from bsnas.search.runs.history import History
 from bsnas.search.runs.searching import search
+from tests import ROOT
 from tests.search.runs import small_space, untrained_run
 
-ROOT = Path(__file__).resolve().parents[2]
 ALONE = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 SMALL = EvolutionConfig.scaled(population=6, iterations=2, seed=0)
 LIMITS = (Limit("macs", high=40_000),)
@@ -188,7 +190,7 @@ def retrained_run(path: Path) -> RunDir:
 
 def test_export_writes_the_retrained_network_and_checks_it_on_test_images(tmp_path, monkeypatch, capsys):
     run = retrained_run(tmp_path / "run")
-    in_process(engine.export, monkeypatch, "--run", str(run.path), "--json", str(tmp_path / "f.json"))
+    in_process(bsnas.engine.export, monkeypatch, "--run", str(run.path), "--json", str(tmp_path / "f.json"))
     figures = read(tmp_path / "f.json")
     assert figures["weights"] == "retrained"
     assert figures["arch"] == ARCH
@@ -206,7 +208,7 @@ def test_export_writes_the_retrained_network_and_checks_it_on_test_images(tmp_pa
 def test_export_writes_a_file_per_precision_and_says_what_each_loses(tmp_path, monkeypatch, capsys):
     run = retrained_run(tmp_path / "run")
     arguments = ("--run", str(run.path), "--precision", "fp16", "bf16", "int8", "--json", str(tmp_path / "f.json"))
-    in_process(engine.export, monkeypatch, *arguments)
+    in_process(bsnas.engine.export, monkeypatch, *arguments)
     files = {figures["precision"]: figures for figures in read(tmp_path / "f.json")["files"]}
     assert files.keys() == {"fp16", "bf16", "int8"}
     assert files["bf16"]["checked_by"] == "torch in bf16"
@@ -220,7 +222,7 @@ def test_export_writes_a_file_per_precision_and_says_what_each_loses(tmp_path, m
 def test_latency_has_a_row_or_a_reason_for_every_backend(tmp_path, monkeypatch, capsys):
     run = retrained_run(tmp_path / "run")
     in_process(
-        benchmarks.latency,
+        bsnas.benchmarks.latency,
         monkeypatch,
         *("--run", str(run.path), "--batch-sizes", "1", "4", "--precisions", "fp32", "bf16", "--repeats", "20"),
         *("--warmup-seconds", "0", "--targets", "SM80", "--profile"),
@@ -235,7 +237,7 @@ def test_latency_has_a_row_or_a_reason_for_every_backend(tmp_path, monkeypatch, 
             assert row["top1_agreement"] == 1.0
             assert 0 < row["min_ms"] <= row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
             assert {"hardware", "date", "commit", "images_per_s", "precision"} <= row.keys()
-    assert {backend for backend, _ in rows} == set(benchmarks.latency.BACKENDS)
+    assert {backend for backend, _ in rows} == set(bsnas.benchmarks.latency.BACKENDS)
     assert all(("why" in row) != ("p50_ms" in row) for row in figures["rows"])
     refused = [row for row in figures["rows"] if (row["backend"], row.get("precision")) == ("onnxruntime-cpu", "bf16")]
     assert [row["batch"] for row in refused] == [1], "said once, not for every batch size"
@@ -287,7 +289,7 @@ def test_latency_refuses_what_it_does_not_know(tmp_path, options, message):
 
 def test_an_exported_network_is_served_without_torch(tmp_path, monkeypatch):
     run = retrained_run(tmp_path / "run")
-    in_process(engine.export, monkeypatch, "--run", str(run.path), "--json", str(tmp_path / "e.json"))
+    in_process(bsnas.engine.export, monkeypatch, "--run", str(run.path), "--json", str(tmp_path / "e.json"))
     arguments = ("--run", str(run.path), "--json", str(tmp_path / "f.json"))
     done = script("benchmarks/serve_check.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -26,10 +26,11 @@ from bsnas.engine.checkpoints.tensor_file import read_tensors
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.training.metrics import CLOCK_VALUES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 PRELOADED = (
-    "deepspeed", "torch._dynamo", "torch.utils.tensorboard", "bsnas.engine.train", "bsnas.engine.retrain", "bsnas.engine.export",
-    "bsnas.search.evolve", "bsnas.search.runs.searching", "bsnas.search.runs.finalists", "bsnas.benchmarks.parts.faults.disturbed_runs",
+    "deepspeed", "torch._dynamo", "torch.utils.tensorboard", "bsnas.engine.train", "bsnas.engine.retrain",
+    "bsnas.engine.export", "bsnas.search.evolve", "bsnas.search.runs.searching", "bsnas.search.runs.finalists",
+    "bsnas.benchmarks.parts.faults.disturbed_runs",
 )  # fmt: skip
 _context = multiprocessing.get_context("forkserver")
 

@@ -27,7 +27,7 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 @dataclass(frozen=True, eq=False)
 class ImageArrays:
-    """An evaluation set made of arrays; the fields are those of bsnas.engine.data.loading.evaluation_set.EvaluationSet."""
+    """An evaluation set made of arrays; the fields are those of `EvaluationSet`."""
 
     images: np.ndarray
     labels: np.ndarray

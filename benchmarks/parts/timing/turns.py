@@ -14,7 +14,7 @@ import torch
 
 from bsnas.engine.host.atomic import write_atomically
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
 def device_milliseconds(run: Callable[[], Any], repeats: int = 7) -> float:
@@ -77,7 +77,7 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 def provenance(device: torch.device) -> dict[str, str]:
     """Hardware, versions, date and commit: the columns that begin every row."""
     try:
-        root = Path(__file__).resolve().parents[1]
+        root = Path(__file__).resolve().parents[3]
         commit = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=root
         ).stdout.strip()

@@ -1,6 +1,6 @@
 """The DALI pipeline of training: decode and crop in one step, resize, augment, normalise.
 
-It draws no random number itself: every window, operation and sign comes with the batch (engine/data/loading/augment.py).
+It draws no random number itself: every window, operation and sign comes with the batch (augment.py).
 """
 
 from collections.abc import Callable

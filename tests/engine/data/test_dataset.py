@@ -14,9 +14,8 @@ from PIL import Image
 from bsnas.engine.data import builtin as sources
 from bsnas.engine.data.dataset import DataConfig, open_dataset
 from bsnas.engine.host.errors import UserError
+from tests import ROOT
 from tests.engine.data.cases import CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, folder_config, write_image_folder
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -89,12 +88,13 @@ def test_split_is_the_same_in_another_process_and_another_place(folder, tmp_path
     here = open_dataset(folder_config(folder, tmp_path / "cache"))
     moved = shutil.copytree(folder, tmp_path / "moved")
     program = (
-        "from tests.engine.data.cases import folder_config; from bsnas.engine.data.dataset import open_dataset; import sys; "
+        "from tests.engine.data.cases import folder_config; import sys; "
+        "from bsnas.engine.data.dataset import open_dataset; "
         "dataset = open_dataset(folder_config(sys.argv[1], sys.argv[2])); "
         "print(dataset.fingerprint, *dataset.search_val.names)"
     )
     command = [sys.executable, "-c", program, str(moved), str(tmp_path / "other")]
-    output = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert output.split() == [here.fingerprint, *here.search_val.names]
 
 
@@ -136,7 +136,7 @@ def test_many_processes_at_once_write_one_cache(tmp_path):
         "print(open_dataset(DataConfig(cache_dir=sys.argv[1])).fingerprint)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "cache")]
-    running = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert len({process.communicate()[0] for process in running}) == 1
     assert [process.returncode for process in running] == [0, 0, 0]
     left = [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")]

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +14,8 @@ from PIL import Image
 from bsnas.engine.data.dataset import open_dataset
 from bsnas.engine.data.loading import evaluation_set as module
 from bsnas.engine.data.loading.evaluation_set import evaluation_set, normalize
+from tests import ROOT
 from tests.engine.data.cases import folder_config, write_image_folder
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -82,7 +80,7 @@ def test_a_second_call_and_another_process_reuse_the_file(place, monkeypatch):
         "print(module.evaluation_set(open_dataset(config).open_test(), config).fingerprint)"
     )
     command = [sys.executable, "-c", program, *map(str, place)]
-    output = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert output.strip() == first.fingerprint
 
 

@@ -3,15 +3,15 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from bsnas.benchmarks.parts.loading.photographs import write_photographs, write_resized
+from tests import ROOT
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "loader.py"
+SCRIPT = ROOT / "benchmarks" / "loader.py"
 CONTENDERS = {"ours", "bare_dali", "torchvision_pil", "torchvision_decode_jpeg", "webdataset"}
 
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +17,9 @@ from bsnas.engine.data.loading.policies import policy_plan
 from bsnas.engine.data.loading.show import COLUMNS, augmented
 from bsnas.engine.presets import at_channels, preset
 from bsnas.engine.training.metrics import Meter
+from tests import ROOT
 from tests.engine.data.cases import folder_config, write_image_folder
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 AUGMENTED = {
     "auto": {"policy": "auto"},
     "rand": {"policy": "rand", "rand_operations": 3},
@@ -298,7 +297,7 @@ def test_the_script_shows(place, tmp_path):
         "2",
     ]
     options += ["--data.cache-dir", str(place[1]), "--data.resolution", "48", "--data.policy", "rand"]
-    command = [sys.executable, str(REPOSITORY / "engine/train.py"), *options, "--show", str(tmp_path / "show.png")]
+    command = [sys.executable, str(ROOT / "engine/train.py"), *options, "--show", str(tmp_path / "show.png")]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert Image.open(tmp_path / "show.png").size == (8 * 96, 8 * 96)

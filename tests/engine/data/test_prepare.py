@@ -21,10 +21,9 @@ from bsnas.engine.data.loading.loader import TrainLoader
 from bsnas.engine.data.preparing.prepare import summary
 from bsnas.engine.data.preparing.stored_images import Resizing
 from bsnas.engine.data.shard_reader import read_ranges
+from tests import ROOT
 from tests.engine.data.cases import CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, folder_config, write_image_folder
 from tests.engine.data.source_cases import SYNSETS, WRITERS, images_of, prepare_source, write_imagenet
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +218,7 @@ def command(source, output, *options):
     settings = ["--val-per-class", "2", "--threads", "1", *options]
     return [
         sys.executable,
-        str(REPOSITORY / "engine/prepare.py"),
+        str(ROOT / "engine/prepare.py"),
         "--source",
         str(source),
         "--output",

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +14,11 @@ from bsnas.engine.data.preparing.formats.archives import regular_members
 from bsnas.engine.data.preparing.formats.tfrecord import parse_example
 from bsnas.engine.host.errors import MachineError
 from bsnas.engine.presets import digits_space
+from tests import ROOT
 from tests.engine.data.cases import folder_config, write_image_folder
 from tests.engine.data.source_cases import add, error_of, example, write_imagenet
 from tests.engine.data.source_cases import prepare_source as run_prepare
 from tests.engine.data.test_quarantine import encoded
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -255,7 +253,7 @@ def test_an_indexed_image_that_is_gone(folder, tmp_path):
     ],
 )
 def test_options(tmp_path, options, message):
-    command = [sys.executable, str(REPOSITORY / "engine/prepare.py"), "--source", ".", "--output", "o", *options]
+    command = [sys.executable, str(ROOT / "engine/prepare.py"), "--source", ".", "--output", "o", *options]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 2
     assert message in " ".join(ended.stderr.split())

@@ -20,6 +20,7 @@ from bsnas.engine.data.index import read_index
 from bsnas.engine.data.loading.loader import TrainLoader
 from bsnas.engine.data.preparing.prepare import QUARANTINE
 from bsnas.engine.data.preparing.stored_images import Resizing
+from tests import ROOT
 from tests.engine.data.cases import folder_config, write_image_folder
 from tests.engine.data.source_cases import (
     add,
@@ -31,8 +32,6 @@ from tests.engine.data.source_cases import (
     write_parquet,
     write_webdataset,
 )
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -369,7 +368,7 @@ def test_nothing_of_the_users_is_overwritten_or_removed(folder, tmp_path):
     assert message == (
         f"output {tmp_path}/out holds images/, which engine/prepare.py did not write; choose an empty directory"
     )
-    command = [sys.executable, str(REPOSITORY / "engine/prepare.py"), "--source", str(folder)]
+    command = [sys.executable, str(ROOT / "engine/prepare.py"), "--source", str(folder)]
     ended = subprocess.run([*command, "--output", str(folder / "out")], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.strip()) == (
         2,
@@ -391,7 +390,7 @@ def test_imagenet_without_labels(folder, tmp_path):
 
 
 def test_the_script_ends_with_one_line(tmp_path):
-    command = [sys.executable, str(REPOSITORY / "engine/prepare.py"), "--source", str(tmp_path / "no"), "--output", "o"]
+    command = [sys.executable, str(ROOT / "engine/prepare.py"), "--source", str(tmp_path / "no"), "--output", "o"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 2
     assert ended.stderr.strip().splitlines() == [

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bsnas.engine.evaluation.images import visiting_order
-from bsnas.engine.networks.supernet import Sharing, Supernet
+from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.space.sampling import fair_archs
-from bsnas.engine.space.space import Arch, Cluster, Space
+from bsnas.engine.space.space import Arch, Cluster, Sharing, Space
 
 
 def small_space(*, classes: int = 7, resolution: int = 16) -> Space:

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,8 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.presets import preset
 from bsnas.engine.runs.rundir import RunDir, read_json, write_json
 from bsnas.engine.space.space import Operation
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = preset("digits")
 
 

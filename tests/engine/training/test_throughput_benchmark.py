@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "throughput.py"
+from tests import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "throughput.py"
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,11 +31,11 @@ from bsnas.search.latency import LatencyTableArguments, measure_table
 from bsnas.search.latency_tables.model import LatencyModel
 from bsnas.search.runs.finalists import LatencyTable, first_inside
 from bsnas.search.runs.searching import search
+from tests import ROOT
 from tests.search.algorithms.test_evolution import Toy
 from tests.search.runs import small_space, untrained_run
 from tests.search.spaces import all_archs, random_space
 
-ROOT = Path(__file__).resolve().parents[2]
 ALONE = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 SMALL = EvolutionConfig.scaled(population=6, iterations=2, seed=0)
 

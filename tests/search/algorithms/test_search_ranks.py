@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.search.runs import untrained_run
 
-ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ("--max-macs", "45K", "--objectives", "top1,macs,params", "--population", "6", "--iterations", "2")
 
 

@@ -191,7 +191,7 @@ def test_a_shrunk_space_with_too_few_networks_is_measured_in_full(tmp_path):
     space = small_space()
     arch = uniform_arch(space, random.Random(0))
     single = space.with_live([[op] for op in arch.operations])
-    measured, fitted, held_out = search.latency.choose_networks(single, small_table(tmp_path))
+    measured, fitted, held_out = bsnas.search.latency.choose_networks(single, small_table(tmp_path))
     assert measured == space
     assert len({*fitted, *held_out}) == 17
     with pytest.raises(UserError, match="the live space has 1 architectures and 17 different ones are needed"):

@@ -33,9 +33,8 @@ from bsnas.search.reporting.build import run_sections, state, write_report
 from bsnas.search.reporting.picture import Picture, kernel_color
 from bsnas.search.reporting.shrinking import shrinking_pictures
 from bsnas.search.reporting.tensorboard import write_search_events
+from tests import ROOT
 from tests.search.finished_runs import PAPER, finished_run, small_space
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
