@@ -123,20 +123,25 @@ def start_ranks(
     count: int, script: str, arguments: Sequence[str], log: Path, *, faults: Sequence[Faults] = ()
 ) -> list[Started]:
     """Several processes of one script, as a launcher starts them."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     return [
         Started(
             script,
             arguments,
             log.with_name(f"{log.stem}-rank{rank}.log"),
-            environment={**common, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            environment=environment,
             faults=faults[rank] if faults else Faults(),
         )
-        for rank in range(count)
+        for rank, environment in enumerate(rank_environments(count))
     ]
+
+
+def rank_environments(count: int) -> list[dict[str, str]]:
+    """What a launcher sets for each of so many processes of this machine."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    return [{**common, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 # ---- what a run ends with
