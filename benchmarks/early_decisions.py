@@ -89,7 +89,7 @@ def repeat_step(run_path: Path, confidence: float, process: Process, step: int) 
 
 def _timed(trained: TrainedRun, archs: list[Arch], confidence: float | None) -> tuple[StepScores, float]:
     """With an evaluator that knows no scores yet."""
-    evaluator = Evaluator(trained.supernet, trained.search_val, device=trained.process.device)
+    evaluator = Evaluator(trained.supernet, trained.search_val, process=trained.process)
     began = time.perf_counter()
     return score_thirds(evaluator, archs, confidence), time.perf_counter() - began
 

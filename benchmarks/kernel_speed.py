@@ -41,7 +41,7 @@ from bsnas.benchmarks.parts.timing.turns import (
     provenance,
     quantiles,
 )
-from bsnas.engine.evaluation.memory import keep_freed_memory
+from bsnas.engine.host.allocator import keep_freed_memory
 from bsnas.kernels import BlockShape, BlockWeights, inference, inverted_residual, set_backend
 
 LEVEL_C_IMAGES_PER_S = 33_800

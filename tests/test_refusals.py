@@ -23,7 +23,7 @@ from bsnas.benchmarks.search_quality import QualityArguments
 from bsnas.benchmarks.serve_check import ServeArguments, Server, image_files, images_of_run
 from bsnas.benchmarks.soak import SoakArguments
 from bsnas.engine.config import RetrainConfig
-from bsnas.engine.evaluation.chunk_counter import ChunkCounter
+from bsnas.engine.evaluation.counting import TreeCounter
 from bsnas.engine.evaluation.evaluator import Evaluator
 from bsnas.engine.evaluation.memory import MIB
 from bsnas.engine.evaluation.recalibration import TreeStatistics
@@ -141,7 +141,7 @@ def no_memory(*_: Any, **__: Any) -> None:
 
 
 def test_one_image_that_does_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ChunkCounter, "_count_chunk", no_memory)
+    monkeypatch.setattr(TreeCounter, "_count_chunk", no_memory)
     evaluator = Evaluator(trained_like_supernet(small_space()), random_images(8))
     with pytest.raises(
         UserError, match=r"one image of 16 pixels does not fit in the memory of cpu; end other programs"

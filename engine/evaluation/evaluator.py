@@ -1,6 +1,6 @@
 """Scoring subnets with the weights they inherit: thousands of them as one batched job.
 
-    evaluator = Evaluator(supernet, search_val, device=device, store=run.evaluations)
+    evaluator = Evaluator(supernet, search_val, process=process, store=run.evaluations)
     scores = evaluator.evaluate(archs)
 
 Everything that scores subnets (shrinking, evolution, ranking) goes through `Evaluator.evaluate`. The architectures of a
@@ -13,22 +13,22 @@ result does not depend on the number of ranks.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from torch import distributed as dist
 
-from bsnas.engine.evaluation.chunk_workers import worker_count
-from bsnas.engine.evaluation.counting import Ranks, RoundRunner, recalibration_batch
+from bsnas.engine.evaluation.counting import Counting
 from bsnas.engine.evaluation.early_decisions import Placement, Quotas, place_early
 from bsnas.engine.evaluation.images import Images, ScoredImages
 from bsnas.engine.evaluation.memory import Memory
-from bsnas.engine.evaluation.progress import EvaluationProgress
+from bsnas.engine.evaluation.recalibration import recalibration_batch
 from bsnas.engine.evaluation.store import EvaluationStore, StoreKey, Tally
+from bsnas.engine.evaluation.workers import worker_count
+from bsnas.engine.host.console import Progress
+from bsnas.engine.host.distributed import Process, on_main
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.host.preemption import deferred, stop_here
+from bsnas.engine.host.preemption import deferred
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.space.space import Arch
 
@@ -56,6 +56,7 @@ class Score(NamedTuple):
 class Evaluator:
     """Scores architectures of a supernet on one evaluation set.
 
+    `process` says which device and which share of the images are this rank's; by default it is on the CPU.
     `bn` chooses the statistics; `recalibrate` needs training images in `recalibration`. `memory_budget_mib` bounds
     activations and statistics (default: half of the free memory). Evaluations are kept in the file `store` and taken
     from it; without a file, in this object. Raises `UserError` for bad arguments.
@@ -68,7 +69,7 @@ class Evaluator:
         *,
         bn: BatchNormMode = "running",
         recalibration: Images | None = None,
-        device: torch.device | str = "cpu",
+        process: Process | None = None,
         dtype: torch.dtype = torch.float32,
         memory_budget_mib: int | None = None,
         store: EvaluationStore | Path | str | None = None,
@@ -85,18 +86,18 @@ class Evaluator:
             raise UserError("the evaluation set has no images; give at least one")
         self.supernet = supernet
         self.bn = bn
-        self.device = torch.device(device)
+        self.process = process or Process.current(torch.device("cpu"))
         self.dtype = dtype
         self.progress = progress
-        self.ranks = Ranks.current()
-        self.memory = Memory.plan(self.device, memory_budget_mib, worker_count(self.device))
-        self.data = ScoredImages(data, self.device, self.memory.images)
+        device = self.process.device
+        self.memory = Memory.plan(device, memory_budget_mib, worker_count(device))
+        self.data = ScoredImages(data, device, self.memory.images)
         self.recalibration = (
-            ScoredImages(recalibration, self.device, 0) if bn == "recalibrate" and recalibration is not None else None
+            ScoredImages(recalibration, device, 0) if bn == "recalibrate" and recalibration is not None else None
         )
-        # Only rank 0 reads and writes the file; the others get what it knows.
+        # Only the main process reads and writes the file; the others get what it knows.
         if not isinstance(store, EvaluationStore):
-            store = EvaluationStore(store if self.ranks.rank == 0 else None)
+            store = EvaluationStore(store if self.process.is_main else None)
         self.store: EvaluationStore = store
         mode = f"{bn} {str(dtype).removeprefix('torch.')}"
         if self.recalibration is not None and recalibration is not None:
@@ -109,14 +110,12 @@ class Evaluator:
         Raises `UserError` for an architecture outside the supernet's space, or when one image does not fit in memory.
         """
         images = len(self.data)
-        with self._job("evaluating subnets", archs) as job:
-            while pending := [arch for arch in job.tallies if job.tallies[arch].seen < images]:
+        with self._counting("evaluating subnets", archs) as counting:
+            while seen := {arch: tally.seen for arch, tally in counting.tallies.items() if tally.seen < images}:
                 # Those that a killed evaluation left furthest behind catch up first; then all go on together.
-                seen = {arch: job.tallies[arch].seen for arch in pending}
-                start = min(seen.values())
-                stop = min((s for s in seen.values() if s > start), default=images)
-                job.run([arch for arch in pending if seen[arch] == start], start, stop)
-        return [self._score(job.tallies[arch]) for arch in archs]
+                start, *ahead = sorted(set(seen.values()))
+                counting.add([arch for arch in seen if seen[arch] == start], start, min(ahead, default=images))
+        return [self._score(counting.tallies[arch]) for arch in archs]
 
     def place(self, archs: Sequence[Arch], quotas: Quotas, *, confidence: float = 0.999) -> Placement:
         """Which architectures are the best and the worst, each evaluated only until its place is certain.
@@ -129,37 +128,42 @@ class Evaluator:
             raise UserError(f"confidence {confidence} is no confidence; give a number between 0.5 and 1, as 0.999")
         if self.recalibration is not None:
             raise UserError("early decisions need bn running; evaluate all images to score with bn recalibrate")
-        with self._job("placing subnets", archs) as job:
-            return place_early(archs, quotas, confidence, len(self.data), job.tallies, job.run)
+        with self._counting("placing subnets", archs) as counting:
+            return place_early(archs, quotas, confidence, len(self.data), counting.tallies, counting.add)
 
     def seen_so_far(self, archs: Sequence[Arch]) -> list[Score]:
         """What is stored of architectures that `place` has seen, on the images that each saw; nothing is computed."""
-        key = StoreKey(weights_fingerprint(self.supernet), *self._fingerprints)
-        tallies = self._known(key, list(dict.fromkeys(archs)))
+        tallies = self._known(self._key(), archs)
         return [self._score(tallies[arch]) for arch in archs]
 
     # ---- one call
 
     @contextmanager
-    def _job(self, title: str, archs: Sequence[Arch]) -> Iterator["_Job"]:
+    def _counting(self, title: str, archs: Sequence[Arch]) -> Iterator[Counting]:
+        """What is known of the architectures, and the means to know more."""
         for arch in archs:
             self.supernet.space.check(arch)
-        key = StoreKey(weights_fingerprint(self.supernet), *self._fingerprints)
-        tallies = self._known(key, list(dict.fromkeys(archs)))
+        key = self._key()
+        tallies = self._known(key, archs)
         missing = sum(len(self.data) - tally.seen for tally in tallies.values())
-        shown = self.progress and self.ranks.rank == 0 and missing > 0
-        with deferred(), EvaluationProgress(shown, title, missing) as bar:
-            runner = RoundRunner(
+        shown = self.progress and self.process.is_main and missing > 0
+
+        def save(added: dict[Arch, Tally]) -> None:
+            if self.process.is_main:
+                self.store.save(key, {str(arch): tally for arch, tally in added.items()})
+
+        with deferred(), Progress(title, missing, unit="images", enabled=shown) as bar:
+            yield Counting(
                 self.supernet,
                 self.data,
                 self.recalibration,
+                tallies,
                 memory=self.memory,
-                device=self.device,
                 dtype=self.dtype,
-                ranks=self.ranks,
-                advance=bar.advance,
+                process=self.process,
+                save=save,
+                progress=bar,
             )
-            yield _Job(runner, self.store if self.ranks.rank == 0 else None, key, tallies)
 
     def _score(self, tally: Tally) -> Score:
         images = tally.seen
@@ -173,18 +177,13 @@ class Evaluator:
             complete=images == len(self.data),
         )
 
+    def _key(self) -> StoreKey:
+        return StoreKey(weights_fingerprint(self.supernet), *self._fingerprints)
+
     def _known(self, key: StoreKey, archs: Sequence[Arch]) -> dict[Arch, Tally]:
-        box: list[Any] = [None]
-        if self.ranks.rank == 0:
-            try:
-                box[0] = self._stored(key, archs)
-            except UserError as error:
-                box[0] = error
-        if self.ranks.world > 1:
-            dist.broadcast_object_list(box, src=0)
-        if isinstance(box[0], UserError):
-            raise box[0]
-        return dict(zip(archs, box[0], strict=True))
+        """What is stored of each different architecture, in the order in which they are given first."""
+        distinct = list(dict.fromkeys(archs))
+        return dict(zip(distinct, on_main(self.process, lambda: self._stored(key, distinct)), strict=True))
 
     def _stored(self, key: StoreKey, archs: Sequence[Arch]) -> list[Tally]:
         stored = self.store.load(key)
@@ -195,29 +194,6 @@ class Evaluator:
                 "restore the file of evaluations, or remove it to score anew"
             )
         return tallies
-
-
-@dataclass
-class _Job:
-    """The work of one call: what is known of its architectures, and how to know more."""
-
-    runner: RoundRunner
-    store: EvaluationStore | None
-    key: StoreKey
-    tallies: dict[Arch, Tally]
-
-    def run(self, archs: Sequence[Arch], start: int, stop: int) -> None:
-        """Add images start..stop-1 to the tallies of architectures that saw the `start` before; saved every round.
-
-        Raises `Preempted` between rounds when a rank was told to stop: the next evaluation goes on from there.
-        """
-        for part in self.runner.parts(archs):
-            for counts in self.runner.rounds(part, start, stop):
-                for arch, tally in zip(part, counts.tallies(), strict=True):
-                    self.tallies[arch] = self.tallies[arch].plus(tally)
-                if self.store is not None:
-                    self.store.save(self.key, {str(arch): self.tallies[arch] for arch in part})
-                stop_here(agreed=self.runner.ranks.told_to_stop())
 
 
 def weights_fingerprint(supernet: Supernet) -> str:

@@ -1,16 +1,18 @@
 """How much memory an evaluation may use."""
 
-import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import psutil
 import torch
 
 from bsnas.engine.evaluation.tree import PrefixTree
-from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.errors import UserError, is_out_of_memory
+
+Result = TypeVar("Result")
 
 MIB = 1 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # <malloc.h>
 
 CPU_WORKSPACE = 4 * MIB
 """Inputs and hidden activations of one kernel call on a CPU: what stays in cache."""
@@ -57,8 +59,13 @@ class Memory:
         return cls(activations=quarter, workspace=quarter, statistics=quarter, images=quarter, max_chunk=GPU_CHUNK)
 
     def halved(self) -> "Memory":
-        """For one who ran out of memory: half as much for activations and workspace."""
-        return replace(self, activations=self.activations // 2, workspace=self.workspace // 2)
+        """For one who ran out of memory: half as much for activations and workspace, half as many images."""
+        return replace(
+            self,
+            activations=self.activations // 2,
+            workspace=self.workspace // 2,
+            max_chunk=max(1, self.max_chunk // 2),
+        )
 
     def chunk_images(self, tree: PrefixTree, itemsize: int) -> int:
         """How many images go through a tree at once: as many as let a whole level stay in memory, a power of two.
@@ -73,19 +80,30 @@ class Memory:
         return max(min(1 << max(fitting, 1).bit_length() - 1, self.max_chunk), smallest)
 
 
+class Budget:
+    """The memory that work may use on a device: less from each time on that it ran out. Threads may share it."""
+
+    def __init__(self, memory: Memory, device: torch.device) -> None:
+        self.memory = memory
+        self._device = device
+
+    def fit(self, work: Callable[[Memory], Result], too_large: str) -> Result:
+        """`work` with this memory, or with half of it, and so on. Raises `UserError` of that text at the end."""
+        while True:
+            try:
+                return work(self.memory)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Out here the error is gone, and with it what its traceback held.
+            if self.memory.max_chunk == 1 and self.memory.activations < MIB:
+                raise UserError(too_large)
+            self.memory = self.memory.halved()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc not to return freed memory to the system; elsewhere nothing happens.
-
-    Otherwise every large activation is mapped, zeroed and unmapped again: 480 ms against 320 ms for a training step of
-    the Table-1 space on 64 images of 64x64 (2 cores of an EPYC, 2026-11-24).
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

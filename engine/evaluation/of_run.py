@@ -68,7 +68,7 @@ class TrainedRun:
             self.search_val,
             bn=bn,
             recalibration=recalibration_set(self.config, self.data) if bn == "recalibrate" else None,
-            device=self.process.device,
+            process=self.process,
             dtype=COMPUTE_DTYPES[precision],
             memory_budget_mib=self.config.evaluation.memory_mib,
             store=self.run.evaluations,

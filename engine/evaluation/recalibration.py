@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bsnas.engine.evaluation.folded import Affine, Classifier, Stem, sliced_weights
+from bsnas.engine.evaluation.images import ScoredImages
+from bsnas.engine.evaluation.memory import Budget, Memory
 from bsnas.engine.evaluation.tree import PrefixTree, Step
+from bsnas.engine.evaluation.walk import Walker
+from bsnas.engine.evaluation.workers import RunAll
+from bsnas.engine.host.distributed import Process
+from bsnas.engine.host.preemption import stop_here
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.space.space import BlockDims
 from bsnas.kernels import BlockShape, BlockWeights
@@ -165,6 +171,55 @@ class StatisticsLayers:
             moments.mean[rows] += mean.double()
             moments.var[rows] += (var * (values / (values - 1))).double()
         return segment_affine_(y, *scale_and_shift(norm, mean, var), relu6=relu6, residual=residual)
+
+
+RECALIBRATION_BATCH = 128
+"""Images per batch of recalibration; a smaller set is one batch."""
+
+
+def recalibration_batch(images: int) -> int:
+    """Images per batch when so many are there; those that fill no batch are left out."""
+    return min(RECALIBRATION_BATCH, images)
+
+
+def recalibrated_statistics(
+    supernet: Supernet,
+    tree: PrefixTree,
+    images: ScoredImages,
+    budget: Budget,
+    dtype: torch.dtype,
+    process: Process,
+    run_all: RunAll,
+) -> TreeStatistics:
+    """The statistics of every node, equal on all ranks, which share the batches out.
+
+    Raises `UserError` when a batch does not fit in memory, however few nodes are held at once.
+    """
+    size = recalibration_batch(len(images))
+    batches = len(images) // size
+
+    def add_all(memory: Memory) -> TreeStatistics:
+        statistics = TreeStatistics.zeros(supernet, tree, batches)
+        layers = StatisticsLayers(supernet, statistics, dtype)
+        walker = Walker(tree, layers)
+
+        def add_batch(batch: int) -> None:
+            for _ in walker.walk(images.normalized(batch * size, (batch + 1) * size, dtype), memory):
+                if process.world_size == 1:
+                    stop_here()
+
+        run_all(add_batch, range(process.rank, batches, process.world_size))
+        return statistics
+
+    statistics = budget.fit(
+        add_all,
+        f"a batch of {size} images does not fit in the memory of {process.device}; "
+        "end other programs there, or score with bn running",
+    )
+    if process.world_size > 1:
+        for tensor in statistics.tensors():
+            torch.distributed.all_reduce(tensor)
+    return statistics
 
 
 class RecalibratedLayers:

@@ -11,6 +11,7 @@ This module needs no torch.
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from bsnas.engine.space.space import Arch, BlockDims, Operation, Space
@@ -42,6 +43,11 @@ class Level:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @cached_property
+    def widest(self) -> int:
+        """The most channels that a node puts out."""
+        return max(step.dims.out_channels for step in set(self.steps))
 
     def step_counts(self) -> Counter[Step]:
         """How many nodes take each step."""

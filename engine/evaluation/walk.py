@@ -1,4 +1,4 @@
-"""Running a prefix tree over a chunk of images within a memory budget.
+"""Walking a prefix tree with a chunk of images, within a memory budget.
 
 Nodes are computed level by level. When the outputs of a level would not fit, the level is cut into ranges of nodes, and
 each range's whole subtree runs before the next range: depth first between ranges, level by level inside one. No node
@@ -44,126 +44,138 @@ class LeafScores(NamedTuple):
     logits: Tensor
 
 
-class TreeRunner:
-    """One pass of images through all nodes of a tree."""
+class Walker:
+    """Walks of one tree. With CUDA graphs, what a walk launches is captured once for each size of chunk."""
 
-    def __init__(self, tree: PrefixTree, layers: Layers, memory: Memory, dtype: torch.dtype) -> None:
+    def __init__(self, tree: PrefixTree, layers: Layers) -> None:
         self.tree = tree
         self.layers = layers
-        self.memory = memory
-        self.itemsize = dtype.itemsize
-        self._node_bytes = [
-            max(step.dims.out_channels for step in set(level.steps)) * level.out_size**2 * self.itemsize
-            for level in tree.levels
-        ]
-        """Per level, the largest output of a node for one image."""
+        self._captured_with: Memory | None = None
         self._replays = graphs.Replays()
 
     @torch.inference_mode()
-    def run(self, images: Tensor) -> Iterator[LeafScores]:
+    def walk(self, images: Tensor, memory: Memory) -> Iterator[LeafScores]:
         """Images [n, 3, H, W], channels_last, normalised -> the logits of all leaves, in order, range by range.
 
-        With CUDA graphs they are buffers that the next pass overwrites. Raises RuntimeError where graphs are switched
+        With CUDA graphs they are buffers that the next walk overwrites. Raises RuntimeError where graphs are switched
         on and cannot run.
         """
         graphs.check(images, chosen_backend(images))
-        if graphs.enabled() and self._logits_fit(len(images)):
-            start = 0
-            for logits in self._replays(lambda x: [scores.logits for scores in self._launched(x)], images):
-                yield LeafScores(range(start, start + len(logits)), logits)
-                start += len(logits)
-        else:
-            yield from self._launched(images)
+        if not graphs.enabled() or not self._logits_fit(images, memory):
+            yield from walk(self.tree, self.layers, images, memory)
+            return
+        if memory != self._captured_with:
+            self._captured_with, self._replays = memory, graphs.Replays()
+        start = 0
+        for logits in self._replays(lambda x: [s.logits for s in walk(self.tree, self.layers, x, memory)], images):
+            yield LeafScores(range(start, start + len(logits)), logits)
+            start += len(logits)
 
-    def _logits_fit(self, images: int) -> bool:
+    def _logits_fit(self, images: Tensor, memory: Memory) -> bool:
         """Whether the logits of all leaves, which a replay leaves at once, fit in the workspace."""
-        return len(self.tree.leaves) * images * self.tree.space.classes * self.itemsize <= self.memory.workspace
+        return len(self.tree.leaves) * len(images) * self.tree.space.classes * images.itemsize <= memory.workspace
 
-    def _launched(self, images: Tensor) -> Iterator[LeafScores]:
-        x = self.layers.stem(images)
-        roots = len(self.tree.levels[0])
-        yield from self._descend(0, range(roots), [x], 0, self.memory.activations)
 
-    def _descend(
-        self, level: int, nodes: range, inputs: Sequence[Tensor], first_input: int, budget: int
-    ) -> Iterator[LeafScores]:
-        """Compute nodes of a level and everything below them; inputs[p - first_input] is the output of parent p."""
-        first_child = self.tree.levels[level].first_child
-        images = inputs[0].shape[0]
-        start = nodes.start
-        while start < nodes.stop:
-            stop = min(nodes.stop, start + self._fitting(level, images, budget))
-            outputs = self._compute(level, range(start, stop), inputs, first_input)
-            if level + 1 == len(self.tree.levels):
-                yield self._finish(range(start, stop), outputs)
-            else:
-                children = range(first_child[start], first_child[stop])
-                held = (stop - start) * images * self._node_bytes[level]
-                yield from self._descend(level + 1, children, outputs, start, budget - held)
-            start = stop
+class _Pending(NamedTuple):
+    """Nodes of a level that are still to be computed, with everything below them."""
 
-    def _fitting(self, level: int, images: int, budget: int) -> int:
-        """How many nodes of a level to hold at once: one node of each deeper level must still fit, and half of the
-        rest is left to the deeper levels."""
-        needed_below = images * sum(self._node_bytes[level + 1 :])
-        return max(1, (budget - needed_below) // (2 * images * self._node_bytes[level]))
+    level: int
+    nodes: range
+    inputs: Sequence[Tensor]
+    """inputs[p - first_input] is the output of parent p."""
+    first_input: int
+    budget: int
+    """Bytes for outputs of these nodes and of those below."""
 
-    def _compute(self, level: int, nodes: range, inputs: Sequence[Tensor], first_input: int) -> list[Tensor]:
-        """The outputs [n, out, H, W] of consecutive nodes of a level, nodes of the same step in one batch."""
-        table = self.tree.levels[level]
-        outputs: list[Tensor] = [inputs[0]] * len(nodes)
-        for step, members in table.groups(nodes.start, nodes.stop).items():
-            pixels = table.in_size**2 + table.out_size**2
-            per_image = (step.dims.hidden * pixels + step.dims.in_channels * table.in_size**2) * self.itemsize
-            first = table.positions[members[0]]
 
-            def run_step(batch: range, x: Tensor, step: Step = step, first: int = first) -> Tensor:
-                return self.layers.block(level, step, range(first + batch.start, first + batch.stop), x)
+def walk(tree: PrefixTree, layers: Layers, images: Tensor, memory: Memory) -> Iterator[LeafScores]:
+    """The logits of all leaves for images [n, 3, H, W], range by range."""
+    image_bytes = [level.widest * level.out_size**2 * images.itemsize for level in tree.levels]
+    """Per level, the largest output of a node for one image."""
+    pending = [_Pending(0, range(len(tree.levels[0])), [layers.stem(images)], 0, memory.activations)]
+    while pending:
+        level, nodes, inputs, first_input, budget = pending.pop()
+        # As many nodes at once as leave room for one of each deeper level and half of the rest to the deeper levels.
+        below = len(images) * sum(image_bytes[level + 1 :])
+        fitting = max(1, (budget - below) // (2 * len(images) * image_bytes[level]))
+        now, later = nodes[:fitting], nodes[fitting:]
+        outputs = _compute(tree, layers, level, now, inputs, first_input, memory)
+        if later:
+            pending.append(_Pending(level, later, inputs, first_input, budget))
+        if level + 1 == len(tree.levels):
+            yield _finish(tree, layers, now, outputs, memory)
+        else:
+            first_child = tree.levels[level].first_child
+            children = range(first_child[now.start], first_child[now.stop])
+            held = len(now) * len(images) * image_bytes[level]
+            pending.append(_Pending(level + 1, children, outputs, now.start, budget - held))
 
-            parts = [inputs[table.parents[node] - first_input] for node in members]
-            computed = self._in_batches(run_step, parts, bytes_per_image=per_image)
-            for node, y in zip(members, computed, strict=True):
-                outputs[node - nodes.start] = y
-        return outputs
 
-    def _finish(self, leaves: range, outputs: Sequence[Tensor]) -> LeafScores:
-        """The logits of consecutive leaves from the last block's outputs."""
-        last = self.tree.levels[-1]
-        logits: list[Tensor] = [outputs[0]] * len(leaves)
-        by_width: dict[int, list[int]] = {}
-        for leaf in leaves:
-            by_width.setdefault(last.steps[leaf].dims.out_channels, []).append(leaf)
-        for width, members in by_width.items():
-            per_image = (width + self.tree.space.tail_channels) * last.out_size**2 * self.itemsize
-            first = self.tree.tail_positions[members[0]]
+def _compute(
+    tree: PrefixTree,
+    layers: Layers,
+    level: int,
+    nodes: range,
+    inputs: Sequence[Tensor],
+    first_input: int,
+    memory: Memory,
+) -> list[Tensor]:
+    """The outputs [n, out, H, W] of consecutive nodes of a level, nodes of the same step in one batch."""
+    table = tree.levels[level]
+    outputs: list[Tensor] = [inputs[0]] * len(nodes)
+    for step, members in table.groups(nodes.start, nodes.stop).items():
+        pixels = table.in_size**2 + table.out_size**2
+        per_image = (step.dims.hidden * pixels + step.dims.in_channels * table.in_size**2) * inputs[0].itemsize
+        first = table.positions[members[0]]
 
-            def run_tail(batch: range, x: Tensor, width: int = width, first: int = first) -> Tensor:
-                return self.layers.tail(width, range(first + batch.start, first + batch.stop), x)
+        def run_step(batch: range, x: Tensor, step: Step = step, first: int = first) -> Tensor:
+            return layers.block(level, step, range(first + batch.start, first + batch.stop), x)
 
-            parts = [outputs[leaf - leaves.start] for leaf in members]
-            computed = self._in_batches(run_tail, parts, bytes_per_image=per_image)
-            for leaf, y in zip(members, computed, strict=True):
-                logits[leaf - leaves.start] = y
-        return LeafScores(leaves, torch.stack(logits))
+        parts = [inputs[table.parents[node] - first_input] for node in members]
+        computed = _in_batches(run_step, parts, memory.workspace // per_image, whole=layers.whole_batches)
+        for node, y in zip(members, computed, strict=True):
+            outputs[node - nodes.start] = y
+    return outputs
 
-    def _in_batches(
-        self, call: Callable[[range, Tensor], Tensor], parts: Sequence[Tensor], *, bytes_per_image: int
-    ) -> list[Tensor]:
-        """`call(positions in parts, their images in one batch)`, as few times as the workspace allows.
 
-        Parts [n, ...] smaller than the workspace are joined, larger ones are cut unless they must stay whole. Returns
-        the results [n, ...], part by part.
-        """
-        images = parts[0].shape[0]
-        max_images = max(1, self.memory.workspace // bytes_per_image)
-        per_call = max(1, max_images // images)
-        results: list[Tensor] = []
-        for first in range(0, len(parts), per_call):
-            batch = range(first, min(first + per_call, len(parts)))
-            x = parts[first] if len(batch) == 1 else torch.cat([parts[i] for i in batch])
-            if images > max_images and not self.layers.whole_batches:
-                y = torch.cat([call(batch, piece) for piece in x.tensor_split(-(-images // max_images))])
-            else:
-                y = call(batch, x)
-            results += y.split(images)
-        return results
+def _finish(tree: PrefixTree, layers: Layers, leaves: range, outputs: Sequence[Tensor], memory: Memory) -> LeafScores:
+    """The logits of consecutive leaves from the last block's outputs."""
+    last = tree.levels[-1]
+    logits: list[Tensor] = [outputs[0]] * len(leaves)
+    by_width: dict[int, list[int]] = {}
+    for leaf in leaves:
+        by_width.setdefault(last.steps[leaf].dims.out_channels, []).append(leaf)
+    for width, members in by_width.items():
+        per_image = (width + tree.space.tail_channels) * last.out_size**2 * outputs[0].itemsize
+        first = tree.tail_positions[members[0]]
+
+        def run_tail(batch: range, x: Tensor, width: int = width, first: int = first) -> Tensor:
+            return layers.tail(width, range(first + batch.start, first + batch.stop), x)
+
+        parts = [outputs[leaf - leaves.start] for leaf in members]
+        computed = _in_batches(run_tail, parts, memory.workspace // per_image, whole=layers.whole_batches)
+        for leaf, y in zip(members, computed, strict=True):
+            logits[leaf - leaves.start] = y
+    return LeafScores(leaves, torch.stack(logits))
+
+
+def _in_batches(
+    call: Callable[[range, Tensor], Tensor], parts: Sequence[Tensor], most_images: int, *, whole: bool
+) -> list[Tensor]:
+    """`call(positions in parts, their images in one batch)`, as few times as batches of `most_images` allow.
+
+    Parts [n, ...] that are smaller are joined, larger ones are cut unless they must stay whole. Returns the results
+    [n, ...], part by part.
+    """
+    images, most_images = len(parts[0]), max(1, most_images)
+    per_call = max(1, most_images // images)
+    results: list[Tensor] = []
+    for first in range(0, len(parts), per_call):
+        batch = range(first, min(first + per_call, len(parts)))
+        x = parts[first] if len(batch) == 1 else torch.cat([parts[i] for i in batch])
+        if images > most_images and not whole:
+            y = torch.cat([call(batch, piece) for piece in x.tensor_split(-(-images // most_images))])
+        else:
+            y = call(batch, x)
+        results += y.split(images)
+    return results

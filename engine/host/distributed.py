@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from bsnas.engine.evaluation.memory import keep_freed_memory
+from bsnas.engine.host.allocator import keep_freed_memory
 from bsnas.engine.host.console import adopt_loggers, hide_libraries
 from bsnas.engine.host.errors import UserError, machine_failure
+from bsnas.engine.host.preemption import requested, stop_here
 
 Result = TypeVar("Result")
 
@@ -28,6 +29,14 @@ class Process:
     world_size: int
     local_rank: int
     device: torch.device
+
+    @classmethod
+    def current(cls, device: torch.device, local_rank: int = 0) -> "Process":
+        """This process among those that torch.distributed has joined; alone when it has joined none."""
+        if not torch.distributed.is_initialized():
+            return cls(rank=0, world_size=1, local_rank=local_rank, device=device)
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return cls(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
 
     @property
     def is_main(self) -> bool:
@@ -84,12 +93,7 @@ def start_process(timeout_minutes: float = 30) -> Process:
     # Gradients are reduced in a second group of all ranks, which DeepSpeed would make with torch's own 30 minutes.
     everyone = range(torch.distributed.get_world_size())
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(everyone, timeout=timeout)
-    return Process(
-        rank=torch.distributed.get_rank(),
-        world_size=torch.distributed.get_world_size(),
-        local_rank=local_rank,
-        device=device,
-    )
+    return Process.current(device, local_rank)
 
 
 def on_main(process: Process, action: Callable[[], Result]) -> Result:
@@ -122,6 +126,20 @@ def entered_by_main(process: Process, context: AbstractContextManager[None]) -> 
     with ExitStack() as stack:
         on_main(process, lambda: stack.enter_context(context))
         yield
+
+
+def smallest(process: Process, value: int) -> int:
+    """The smallest of the ranks' values, so that all divide work in the same way."""
+    if process.world_size == 1:
+        return value
+    tensor = torch.tensor(value, device=process.device)
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MIN)
+    return int(tensor)
+
+
+def stop_together(process: Process) -> None:
+    """Raise `Preempted` on all ranks when any was told to stop: where nothing is lost and all of them come by."""
+    stop_here(agreed=smallest(process, -int(requested())) < 0)
 
 
 def gather_to_main(process: Process, tensor: torch.Tensor) -> torch.Tensor | None:

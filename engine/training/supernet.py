@@ -308,7 +308,7 @@ class SupernetTrainer:
             evaluation_set(self.data.search_val, self.config.data),
             bn=self.config.shrink.bn,
             recalibration=recalibration,
-            device=self.process.device,
+            process=self.process,
             dtype=COMPUTE_DTYPES[self.precision],
             memory_budget_mib=self.config.evaluation.memory_mib,
             store=self.run.evaluations,

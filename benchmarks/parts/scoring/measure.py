@@ -25,9 +25,10 @@ from bsnas.benchmarks.parts.scoring.contenders import (
     score_cached,
     score_through_loader,
 )
-from bsnas.engine.evaluation.counting import recalibration_batch
 from bsnas.engine.evaluation.early_decisions import Quotas
 from bsnas.engine.evaluation.evaluator import Evaluator, Score
+from bsnas.engine.evaluation.recalibration import recalibration_batch
+from bsnas.engine.host.distributed import Process
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.space.sampling import fair_archs
 from bsnas.engine.space.shrink import importance, shrink
@@ -72,7 +73,9 @@ class Case:
     def evaluator(self, settings: Settings, **options: Any) -> Evaluator:
         """A fresh one, that knows no scores."""
         budget = settings.memory_mib
-        return Evaluator(self.supernet, self.data, device=self.device, memory_budget_mib=budget, **options)
+        return Evaluator(
+            self.supernet, self.data, process=Process.current(self.device), memory_budget_mib=budget, **options
+        )
 
 
 def measure_case(case: Case, settings: Settings, console: Console) -> dict[str, Any]:

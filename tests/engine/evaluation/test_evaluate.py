@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bsnas.engine.evaluation import counting as rounds
-from bsnas.engine.evaluation import evaluator as evaluate
+from bsnas.engine.evaluation import counting, evaluator, recalibration, walk
 from bsnas.engine.evaluation.evaluator import Evaluator, Score
 from bsnas.engine.evaluation.folded import FoldedLayers
 from bsnas.engine.evaluation.recalibration import StatisticsLayers
 from bsnas.engine.evaluation.tree import PrefixTree
-from bsnas.engine.evaluation.walk import TreeRunner
+from bsnas.engine.evaluation.walk import Walker
+from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.sampling import fair_archs
 from bsnas.engine.space.space import Arch, Space
@@ -60,8 +60,8 @@ def test_scores_equal_a_plain_loop(space, sharing):
 @pytest.mark.parametrize("sharing", ["nested", "channels"])
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 def test_recalibrated_scores_equal_recalibrating_each_subnet_alone(space, sharing, monkeypatch):
-    monkeypatch.setattr(rounds, "RECALIBRATION_BATCH", 16)
-    monkeypatch.setattr(rounds, "RECALIBRATION_PART", 5)
+    monkeypatch.setattr(recalibration, "RECALIBRATION_BATCH", 16)
+    monkeypatch.setattr(counting, "RECALIBRATION_PART", 5)
     supernet = trained_like_supernet(space, sharing)
     data, training = random_images(40), random_images(50, seed=1)
     archs = archs_of(space, count=12)
@@ -81,9 +81,9 @@ def test_memory_budget_and_chunks_do_not_change_scores(nested, bn):
     archs = archs_of(SPACES["full"], count=36)
 
     def scores(budget: int | None, chunk: int) -> list[Score]:
-        evaluator = Evaluator(nested, data, bn=bn, recalibration=training, memory_budget_mib=budget)
-        evaluator.memory = replace(evaluator.memory, max_chunk=chunk)
-        return evaluator.evaluate(archs)
+        scorer = Evaluator(nested, data, bn=bn, recalibration=training, memory_budget_mib=budget)
+        scorer.memory = replace(scorer.memory, max_chunk=chunk)
+        return scorer.evaluate(archs)
 
     expected = scores(None, 128)
     for budget, chunk in ((1, 128), (1, 7), (None, 13), (64, 64)):
@@ -97,10 +97,10 @@ def test_out_of_memory_takes_smaller_pieces_and_goes_on(nested, bn, monkeypatch)
     data, training = random_images(70), random_images(32, seed=1)
     archs = archs_of(SPACES["full"], count=18)
 
-    def evaluator() -> Evaluator:
+    def new() -> Evaluator:
         return Evaluator(nested, data, bn=bn, recalibration=training)
 
-    expected = evaluator().evaluate(archs)
+    expected = new().evaluate(archs)
     layers = FoldedLayers if bn == "running" else StatisticsLayers
     block, limit, failures = layers.block, 24 if bn == "running" else 64, []
     out_of_memory = cycle(
@@ -118,14 +118,14 @@ def test_out_of_memory_takes_smaller_pieces_and_goes_on(nested, bn, monkeypatch)
         return block(self, level, step, nodes, x)
 
     monkeypatch.setattr(layers, "block", failing)
-    scores = evaluator().evaluate(archs)
+    scores = new().evaluate(archs)
     assert failures
     assert [(s.correct1, s.correct5, s.images) for s in scores] == [
         (s.correct1, s.correct5, s.images) for s in expected
     ]
     limit = 0
     with pytest.raises(UserError, match="does not fit in the memory"):
-        evaluator().evaluate(archs)
+        new().evaluate(archs)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def replays(monkeypatch) -> list[int]:
     monkeypatch.setattr(graphs, "memory_left", lambda: True)
     monkeypatch.setattr(graphs, "why_not", lambda x, backend: None)
     monkeypatch.setattr(graphs, "_switch", True)
-    for module in (evaluate, rounds):
+    for module in (evaluator, counting):
         monkeypatch.setattr(module, "worker_count", lambda device: 1)  # as on a GPU
     return replayed
 
@@ -158,14 +158,14 @@ def replays(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("bn", ["running", "recalibrate"])
 def test_graphs_score_as_launches_do(nested, bn, replays, monkeypatch):
     """Passes of scoring, and of recalibration, whose replays must add up statistics as launches do."""
-    monkeypatch.setattr(rounds, "RECALIBRATION_BATCH", 16)
+    monkeypatch.setattr(recalibration, "RECALIBRATION_BATCH", 16)
     data, training, archs = random_images(90), random_images(80, seed=1), archs_of(SPACES["full"])
 
     def scores(on: bool) -> list[Score]:
         monkeypatch.setattr(graphs, "_switch", on)
-        evaluator = Evaluator(nested, data, bn=bn, recalibration=training)
-        evaluator.memory = replace(evaluator.memory, max_chunk=16)
-        return evaluator.evaluate(archs)
+        scorer = Evaluator(nested, data, bn=bn, recalibration=training)
+        scorer.memory = replace(scorer.memory, max_chunk=16)
+        return scorer.evaluate(archs)
 
     expected = scores(False)
     assert not replays
@@ -174,19 +174,19 @@ def test_graphs_score_as_launches_do(nested, bn, replays, monkeypatch):
 
 
 def test_passes_whose_logits_are_too_many_are_launched(nested, replays):
-    evaluator, archs = Evaluator(nested, random_images(16)), archs_of(SPACES["full"])
+    scorer, archs = Evaluator(nested, random_images(16)), archs_of(SPACES["full"])
     tree = PrefixTree(SPACES["full"], archs, 16)
     layers = FoldedLayers(nested, 16, torch.float32)
     layers.prepare(tree)
     needed = len(archs) * 16 * SPACES["full"].classes * 4
     for workspace, expected in ((needed, 2), (needed - 1, 0)):
-        runner = TreeRunner(tree, layers, replace(evaluator.memory, workspace=workspace), torch.float32)
+        walker, memory = Walker(tree, layers), replace(scorer.memory, workspace=workspace)
         replays.clear()
         for _ in range(3):
-            list(runner.run(evaluator.data.normalized(0, 16, torch.float32)))
+            list(walker.walk(scorer.data.normalized(0, 16, torch.float32), memory))
         assert len(replays) == expected
-    alive = weakref.ref(runner)
-    del runner
+    alive = weakref.ref(walker)
+    del walker
     assert alive() is None, "buffers on a GPU must not wait for the garbage collector"
 
 
@@ -206,24 +206,30 @@ def test_other_errors_are_not_taken_for_memory(nested, monkeypatch):
 
 
 def test_peak_memory_stays_in_the_budget(nested, monkeypatch):
-    """Outputs that are held at once, summed over the levels, against the activations part of a budget."""
+    """Outputs of nodes that are alive at once, those of leaves left out, against the activations part of a budget."""
     data = random_images(64)
-    for module in (evaluate, rounds):
+    for module in (evaluator, counting):
         monkeypatch.setattr(module, "worker_count", lambda device: 1)  # the budget is divided among workers
-    evaluator = Evaluator(nested, data, memory_budget_mib=1)
-    descend, held, peak = TreeRunner._descend, [0], [0]
+    scorer = Evaluator(nested, data, memory_budget_mib=1)
+    compute, held, peak = walk._compute, [0], [0]
 
-    def watched(self, level, nodes, inputs, first_input, budget):
-        size = sum(x.untyped_storage().nbytes() for x in {x.untyped_storage().data_ptr(): x for x in inputs}.values())
-        held[0] += size if level else 0
-        peak[0] = max(peak[0], held[0])
-        yield from descend(self, level, nodes, inputs, first_input, budget)
-        held[0] -= size if level else 0
+    def released(size: int) -> None:
+        held[0] -= size
 
-    monkeypatch.setattr(TreeRunner, "_descend", watched)
-    evaluator.memory = replace(evaluator.memory, max_chunk=64)
-    evaluator.evaluate(archs_of(SPACES["full"], count=72))
-    assert 0 < peak[0] <= evaluator.memory.activations
+    def watched(tree, layers, level, *arguments):
+        outputs = compute(tree, layers, level, *arguments)
+        if level + 1 < len(tree.levels):
+            for output in outputs:
+                held[0] += output.nbytes
+                weakref.finalize(output, released, output.nbytes)
+            peak[0] = max(peak[0], held[0])
+        return outputs
+
+    monkeypatch.setattr(walk, "_compute", watched)
+    scorer.memory = replace(scorer.memory, max_chunk=64)
+    scorer.evaluate(archs_of(SPACES["full"], count=72))
+    assert 0 < peak[0] <= scorer.memory.activations
+    assert held[0] == 0
 
 
 def test_time_grows_less_than_the_number_of_models(nested):
@@ -281,15 +287,15 @@ def test_progress_is_silent_without_a_terminal(nested, capfd):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("bn", ["running", "recalibrate"])
 def test_real_graphs_score_as_launches_do(bn, monkeypatch):
-    monkeypatch.setattr(rounds, "RECALIBRATION_BATCH", 16)
+    monkeypatch.setattr(recalibration, "RECALIBRATION_BATCH", 16)
     supernet = trained_like_supernet(SPACES["full"]).to("cuda")
     data, training, archs = random_images(90), random_images(80, seed=1), archs_of(SPACES["full"])
     scores = []
     for on in (False, True):
         monkeypatch.setattr(graphs, "_switch", on)
-        evaluator = Evaluator(supernet, data, device="cuda", bn=bn, recalibration=training)
-        evaluator.memory = replace(evaluator.memory, max_chunk=16)
-        scores.append(evaluator.evaluate(archs))
+        scorer = Evaluator(supernet, data, process=Process.current(torch.device("cuda")), bn=bn, recalibration=training)
+        scorer.memory = replace(scorer.memory, max_chunk=16)
+        scores.append(scorer.evaluate(archs))
     assert scores[0] == scores[1]
 
 
@@ -301,5 +307,5 @@ def test_gpu_scores_equal_a_plain_loop():
     expected = counts(loop_logits(supernet, data, archs), data.labels)
     supernet.to("cuda")
     for dtype, tolerance in ((torch.float32, 0), (torch.bfloat16, 3)):
-        scores = Evaluator(supernet, data, device="cuda", dtype=dtype).evaluate(archs)
+        scores = Evaluator(supernet, data, process=Process.current(torch.device("cuda")), dtype=dtype).evaluate(archs)
         assert [s.correct1 for s in scores] == pytest.approx(expected, abs=tolerance)

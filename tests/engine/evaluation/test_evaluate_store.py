@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bsnas.engine.evaluation.chunk_counter import ChunkCounter
+from bsnas.engine.evaluation.counting import TreeCounter
 from bsnas.engine.evaluation.evaluator import Evaluator, weights_fingerprint
 from bsnas.engine.evaluation.images import visiting_order
 from bsnas.engine.evaluation.store import EvaluationStore, StoreKey, Tally
@@ -30,13 +30,13 @@ def supernet():
 def counted(monkeypatch):
     """Every (start, stop) range of images that really was run, with the number of architectures."""
     ranges: list[tuple[int, int, int]] = []
-    count = ChunkCounter._count_chunk
+    count = TreeCounter._count_chunk
 
-    def recorded(self, start, stop):
+    def recorded(self, start, stop, memory):
         ranges.append((start, stop, len(self.tree.leaves)))
-        return count(self, start, stop)
+        return count(self, start, stop, memory)
 
-    monkeypatch.setattr(ChunkCounter, "_count_chunk", recorded)
+    monkeypatch.setattr(TreeCounter, "_count_chunk", recorded)
     return ranges
 
 
