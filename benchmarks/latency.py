@@ -143,14 +143,14 @@ def measure_run(run_dir: RunDir, arguments: LatencyArguments) -> None:
         engines = [{**row, **stamp} for row in ahead]
     rows = [{**row, **stamp} for row in rows]
     figures = {"arch": str(chosen.network.arch), "rows": rows, "engines": engines}
-    write_json(directory / "latency.json", figures)
+    write_json(run_dir.latency_file, figures)
     write_csv(directory / "latency.csv", rows)
     if engines:
         write_csv(directory / "engines.csv", engines)
     write_figures(arguments.json, figures)
     show(rows, engines)
     plotted = plot_latency(rows, directory / "latency.png")
-    print(f"all figures are in {directory / 'latency.json'}{f', a plot in {plotted}' if plotted else ''}")
+    print(f"all figures are in {run_dir.latency_file}{f', a plot in {plotted}' if plotted else ''}")
 
 
 def peer(name: str, classes: int, images: torch.Tensor) -> torch.nn.Module:

@@ -86,7 +86,7 @@ def main() -> None:
     arguments = parse(QualityArguments, __doc__, sys.argv[1:])
     process = start_process()
     trained = TrainedRun.open(arguments.run, process)
-    file, model = find_model(trained.run.latency, arguments.latency_table, {})
+    file, model = find_model(trained.run, arguments.latency_table, {})
     table = LatencyTable.of(file, model, trained.supernet.space, foreign=False)
     with trained.run.lock():
         evaluate = trained.evaluator().evaluate

@@ -36,7 +36,7 @@ from bsnas.benchmarks.parts.study.tables import Results, write_tables
 from bsnas.benchmarks.parts.study.trained_alone import TrainedAlone
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.benchmarks.ranking import spread_over
-from bsnas.engine.config import RunConfig, SafetyConfig, to_json
+from bsnas.engine.config import RunConfig, SafetyConfig, read_config, to_json
 from bsnas.engine.data.dataset import open_dataset
 from bsnas.engine.evaluation.of_run import TrainedRun
 from bsnas.engine.host.cli import parse, write_figures
@@ -187,6 +187,8 @@ class Study:
         file = self.directory / "study.json"
         if file.is_file():
             held = read_json(file)
+            if "base" in held:
+                held["base"] = to_json(read_config(held["base"], file))
             for name, value in self.request.items():
                 if held.get(name) != value:
                     raise UserError(

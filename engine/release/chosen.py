@@ -1,7 +1,6 @@
 """The released network that a run's user means: the retrained one, or an architecture with inherited weights."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -55,11 +54,6 @@ class ChosenNetwork:
     """Search-validation images for INT8's ranges; never those of the test set."""
 
 
-def network_file(run: RunDir) -> Path:
-    """Where retraining leaves its network (engine/release/network_file.py)."""
-    return run.retrain / "network.pt"
-
-
 def choose_network(run: RunDir, arch: str | None, max_images: int, calibration_images: int = 512) -> ChosenNetwork:
     """The retrained network of a run with test images, or `arch` as inherited with search-validation images.
 
@@ -67,12 +61,12 @@ def choose_network(run: RunDir, arch: str | None, max_images: int, calibration_i
     """
     config = run.config()
     if arch is None:
-        if not network_file(run).is_file():
+        if not run.retrain.network_file.is_file():
             raise UserError(
                 f"{run.path} holds no retrained network; train one with engine/retrain.py, "
                 "or give --arch to take an architecture with inherited weights"
             )
-        network = load_network(network_file(run))
+        network = load_network(run.retrain.network_file)
     else:
         parsed = Arch.parse(arch)
         alone = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

@@ -31,14 +31,6 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def commands_file(run: RunDir) -> Path:
-    return run.path / "commands.jsonl"
-
-
-def activity_file(run: RunDir) -> Path:
-    return run.path / "activity.json"
-
-
 @contextmanager
 def recorded(run: RunDir, script: str, *, device: torch.device | None = None) -> Iterator[None]:
     """Record a command on a run, and keep messages of libraries in the run's logs/.
@@ -46,7 +38,7 @@ def recorded(run: RunDir, script: str, *, device: torch.device | None = None) ->
     Only the main process writes the record; other ranks only have a log of their own.
     """
     rank = int(os.environ.get("RANK", "0"))
-    keep_messages(run.path / "logs" / (f"{script}-rank{rank}.log" if rank else f"{script}.log"))
+    keep_messages(run.logs / (f"{script}-rank{rank}.log" if rank else f"{script}.log"))
     if rank:
         yield
         return
@@ -54,7 +46,7 @@ def recorded(run: RunDir, script: str, *, device: torch.device | None = None) ->
     started, energy = time.perf_counter(), EnergyMeter(device)
     who = {"script": script, "pid": os.getpid(), "host": socket.gethostname()}
     _append(run, {"event": "start", **who, "time": now(), "command": shlex.join(sys.argv), **environment(device)})
-    note_activity_in(activity_file(run))
+    note_activity_in(run.activity_file)
     outcome = "stopped"
     try:
         yield
@@ -126,5 +118,5 @@ def _lines(file: Path) -> list[str]:
 
 
 def _append(run: RunDir, entry: dict[str, Any]) -> None:
-    with open(commands_file(run), "a") as file:
+    with open(run.commands_file, "a") as file:
         file.write(json.dumps(entry) + "\n")

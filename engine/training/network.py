@@ -25,7 +25,7 @@ from bsnas.engine.data.loading.evaluation_set import EvaluationSet
 from bsnas.engine.data.loading.loader import TrainLoader
 from bsnas.engine.host.distributed import Process, average_batchnorm, on_main
 from bsnas.engine.host.preemption import Preempted, deferred, saving, signal_name
-from bsnas.engine.runs.rundir import read_json, write_json
+from bsnas.engine.runs.rundir import NetworkDir, read_json, write_json
 from bsnas.engine.training.metrics import Meter, MetricsLog, Reporter
 from bsnas.engine.training.optimization import Optimization, default_precision, learning_rate
 from bsnas.engine.training.resume import check_agreement, device_name, find_checkpoint, load_of_rank, of_ranks
@@ -101,9 +101,9 @@ class StandaloneTrainer:
         self.meter: Meter | None = None
         """Sums of the epoch under way."""
         self.reporter = Reporter(self.epochs, enabled=process.is_main, doing="retraining")
-        on_main(process, lambda: claim(directory, self.request))
-        checkpoints = directory / "checkpoints"
-        found = find_checkpoint(checkpoints, process, data.fingerprint, self.reporter.say)
+        files = NetworkDir(directory)
+        on_main(process, lambda: claim(files, self.request))
+        found = find_checkpoint(files.checkpoints, process, data.fingerprint, self.reporter.say)
         state = read_state(found.file) if found else None
         if found is not None and state is not None:
             load_weights(network, state.get("network"), found.file)
@@ -117,10 +117,10 @@ class StandaloneTrainer:
         self.log: MetricsLog | None = None
         if process.is_main:
             self.log = MetricsLog(
-                directory / "metrics.jsonl", directory / "tensorboard", resume_epoch=self.progress.epoch,
+                files.metrics_file, files.tensorboard, resume_epoch=self.progress.epoch,
                 resume_bytes=take(state, "metrics_bytes", int, found.file) if found and state else 0,
             )  # fmt: skip
-        self.writer = CheckpointWriter(checkpoints, safety.checkpoints)
+        self.writer = CheckpointWriter(files.checkpoints, safety.checkpoints)
         self.watch = Watch(process, safety, self.writer, self.progress)
 
     def train(self) -> None:
@@ -219,16 +219,10 @@ class StandaloneTrainer:
             load_of_rank(state, self.process, self.optimization, self.meter, found.file)
 
 
-def claim(directory: Path, request: Mapping[str, Any]) -> None:
+def claim(files: NetworkDir, request: Mapping[str, Any]) -> None:
     """Record what is trained in a directory; the checkpoints of another request go."""
-    file = request_file(directory)
-    if not file.is_file() or read_json(file) != request:
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-        for name in ("network.pt", "result.json", "metrics.jsonl"):
-            (directory / name).unlink(missing_ok=True)
-        write_json(file, dict(request))
-
-
-def request_file(directory: Path) -> Path:
-    """What the training in a directory was asked for."""
-    return directory / "request.json"
+    if not files.request_file.is_file() or read_json(files.request_file) != request:
+        shutil.rmtree(files.checkpoints, ignore_errors=True)
+        for file in (files.network_file, files.result_file, files.metrics_file):
+            file.unlink(missing_ok=True)
+        write_json(files.request_file, dict(request))

@@ -18,7 +18,7 @@ from bsnas.engine.evaluation.of_run import TrainedRun
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
-from bsnas.engine.release.chosen import choose_network, network_file
+from bsnas.engine.release.chosen import choose_network
 from bsnas.engine.release.network_file import save_network
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.cost import CostModel
@@ -184,7 +184,7 @@ def in_process(module, monkeypatch, *arguments: str) -> None:
 def retrained_run(path: Path) -> RunDir:
     run = untrained_run(path)
     torch.manual_seed(1)
-    save_network(network_file(run), Subnet(small_space(), Arch.parse(ARCH)).eval())
+    save_network(run.retrain.network_file, Subnet(small_space(), Arch.parse(ARCH)).eval())
     return run
 
 

@@ -160,7 +160,7 @@ def outcome(path: Path, without: str | None = None) -> dict[str, Any]:
     for name in ("spaces", "shrink", "search"):
         for file in sorted((path / name).glob("*.json")):
             result[f"{name}/{file.name}"] = json.loads(file.read_text())
-    for metrics in (run.metrics_file, run.retrain / "metrics.jsonl"):
+    for metrics in (run.metrics_file, run.retrain.metrics_file):
         if metrics.exists():
             lines = [json.loads(line) for line in metrics.read_text().splitlines()]
             result[str(metrics.relative_to(path))] = [_timeless(line) for line in lines]
@@ -168,9 +168,9 @@ def outcome(path: Path, without: str | None = None) -> dict[str, Any]:
         with sqlite3.connect(run.evaluations) as database:
             query = "SELECT * FROM evaluations ORDER BY weights, images, mode, arch"
             result["evaluations.sqlite"] = database.execute(query).fetchall()
-    if (run.retrain / "network.pt").exists():
-        result["retrain/network.pt"] = read_tensors(run.retrain / "network.pt")
-        result["retrain/result.json"] = json.loads((run.retrain / "result.json").read_text())
+    if run.retrain.network_file.exists():
+        result["retrain/network.pt"] = read_tensors(run.retrain.network_file)
+        result["retrain/result.json"] = json.loads(run.retrain.result_file.read_text())
     for file in sorted(run.export.glob("*.onnx")):
         result[f"export/{file.name}"] = file.read_bytes()
     return result
