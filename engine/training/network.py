@@ -3,21 +3,15 @@
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bsnas.engine.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    Progress,
-    Written,
-    read_state,
-    take_progress,
-)
+from bsnas.engine.checkpoints.checkpoint import CheckpointWriter, read_state
+from bsnas.engine.checkpoints.manifest import Checkpoint, Manifest, Progress
 from bsnas.engine.checkpoints.tensor_file import load_weights, take
 from bsnas.engine.config import RunConfig, SafetyConfig
 from bsnas.engine.data.dataset import Dataset
@@ -28,7 +22,7 @@ from bsnas.engine.host.preemption import Preempted, deferred, saving, signal_nam
 from bsnas.engine.runs.rundir import NetworkDir, read_json, write_json
 from bsnas.engine.training.metrics import Meter, MetricsLog, Reporter
 from bsnas.engine.training.optimization import Optimization, default_precision, learning_rate
-from bsnas.engine.training.resume import check_agreement, device_name, find_checkpoint, load_of_rank, of_ranks
+from bsnas.engine.training.resume import device_name, find_checkpoint, load_of_rank, of_ranks
 from bsnas.engine.training.watch import Watch
 
 
@@ -199,20 +193,19 @@ class StandaloneTrainer:
         if self.process.is_main:
             progress = replace(self.progress)
             state = {
-                "request": self.request, "progress": asdict(progress), "network": self.network.state_dict(),
+                "request": self.request, "network": self.network.state_dict(),
                 "optimization": self.optimization.state(), **(inside or {}),
                 "metrics_bytes": self.log.bytes_written() if self.log else 0,
             }  # fmt: skip
-            about = Written(
+            manifest = Manifest(
                 progress=progress, whole_epoch=whole_epoch, kept=whole_epoch and progress.epoch == self.epochs,
                 processes=self.process.world_size, device=device_name(self.process), data=self.data.fingerprint,
             )  # fmt: skip
-            self.writer.save(about, state)
+            self.writer.save(manifest, state)
         self.watch.saved()
 
     def _load(self, state: dict[str, Any], found: Checkpoint) -> None:
-        self.progress = take_progress(state, found.file)
-        check_agreement(found, self.progress, state)
+        self.progress = replace(found.manifest.progress)
         self.optimization.load_state(take(state, "optimization", dict, found.file), found.file)
         if not found.manifest.whole_epoch:
             self.meter = Meter(self.process.device, waited=self.loader.wait_seconds)
