@@ -31,7 +31,7 @@ from bsnas.engine.host.distributed import Process, entered_by_main, on_main, sta
 from bsnas.engine.host.errors import UserError, run
 from bsnas.engine.host.kernel_choice import force_kernels
 from bsnas.engine.networks.subnet import Subnet, release
-from bsnas.engine.release.network_file import load_network, save_network
+from bsnas.engine.release.saved_network import load_network, save_network
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir, read_json, write_json
 from bsnas.engine.space.cost import CostModel

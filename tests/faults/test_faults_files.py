@@ -30,7 +30,7 @@ from bsnas.engine.evaluation.store import EvaluationStore, StoreKey, Tally
 from bsnas.engine.host.errors import MachineError, UserError
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.presets import preset
-from bsnas.engine.release.network_file import FORMAT, load_network, save_network
+from bsnas.engine.release.saved_network import FORMAT, load_network, save_network
 from bsnas.engine.retrain import named_arch
 from bsnas.engine.runs.rundir import MAX_JSON_BYTES, read_json, write_json
 from bsnas.engine.space.space import MOST, MOST_OPERATIONS, Cluster, Space

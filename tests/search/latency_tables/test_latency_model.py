@@ -40,7 +40,7 @@ def test_plain_files_hold_the_operators_that_the_exporter_writes_and_answer_like
     space = small_space()
     network = unit_scale(Subnet(space, uniform_arch(space, random.Random(3))))
     write_plain_onnx(network, tmp_path / "plain.onnx", input_shape=(3, 16, 16))
-    export_onnx(network, tmp_path / "exported.onnx", resolution=16, format=OnnxFormat())
+    export_onnx(network, tmp_path / "exported.onnx", OnnxFormat(resolution=16))
     plain, exported = (
         Counter("Reshape" if node.op_type == "Flatten" else node.op_type for node in onnx.load(file).graph.node)
         for file in (tmp_path / "plain.onnx", tmp_path / "exported.onnx")
