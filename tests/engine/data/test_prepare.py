@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bsnas.engine.data.contents import read_ranges
 from bsnas.engine.data.dataset import DataConfig, open_dataset
 from bsnas.engine.data.index import read_index
 from bsnas.engine.data.loading.evaluation_set import evaluation_set
 from bsnas.engine.data.loading.loader import TrainLoader
 from bsnas.engine.data.preparing.prepare import summary
 from bsnas.engine.data.preparing.stored_images import Resizing
-from bsnas.engine.data.shard_reader import read_ranges
 from tests import ROOT
 from tests.engine.data.cases import CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, folder_config, write_image_folder
 from tests.engine.data.source_cases import SYNSETS, WRITERS, images_of, prepare_source, write_imagenet

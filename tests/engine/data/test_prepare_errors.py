@@ -200,11 +200,11 @@ def test_a_shard_that_is_cut_off(shards):
 
 
 def test_a_shard_that_is_gone(shards):
-    from bsnas.engine.data import shard_reader
+    from bsnas.engine.data import contents
 
     files, config, shard = shards
     shard.unlink()
-    shard_reader._opened.cache_clear()
+    contents._opened.cache_clear()
     with pytest.raises(MachineError) as caught:
         read_all(files, config)
     assert str(caught.value) == f"{shard} cannot be read: No such file or directory; bring it back, then continue"
