@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bsnas.engine.checkpoints.manifest import read_manifest
 from bsnas.engine.checkpoints.tensor_file import read_tensors
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.training.metrics import CLOCK_VALUES
@@ -155,8 +156,9 @@ def outcome(path: Path, without: str | None = None) -> dict[str, Any]:
     run = RunDir(path)
     result: dict[str, Any] = {}
     for file in sorted(path.glob("checkpoints/*.pt")):
-        if file.stem != without and json.loads(file.with_suffix(".json").read_text())["kept"]:
-            result[f"checkpoints/{file.name}"] = _timeless(read_tensors(file))
+        manifest = read_manifest(file)
+        if file.stem != without and manifest.kept:
+            result[f"checkpoints/{file.name}"] = _timeless(read_tensors(file)) | {"progress": asdict(manifest.progress)}
     for name in ("spaces", "shrink", "search"):
         for file in sorted((path / name).glob("*.json")):
             result[f"{name}/{file.name}"] = json.loads(file.read_text())
