@@ -35,8 +35,8 @@ from bsnas.benchmarks.parts.timing.latency_report import plot_latency, show
 from bsnas.benchmarks.parts.timing.latency_rows import Effort, Network, measure_rows
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.benchmarks.parts.timing.turns import write_csv
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.release.onnx import Precision
 from bsnas.engine.release.released import inherited, retrained
 from bsnas.engine.runs.commands import recorded

@@ -28,9 +28,9 @@ from bsnas.benchmarks.parts.study.trained_alone import TrainedAlone
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.engine.config import SafetyConfig
 from bsnas.engine.evaluation.of_run import TrainedRun
-from bsnas.engine.host.cli import parse, write_figures
 from bsnas.engine.host.distributed import Process, start_process
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir, write_json
 from bsnas.engine.space.cost import CostModel

@@ -26,8 +26,8 @@ from bsnas.engine.host.preemption import handle_signals
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.release.int8 import Calibration, quantize_onnx
 from bsnas.engine.release.onnx import (

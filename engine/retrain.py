@@ -26,10 +26,9 @@ import torch
 from bsnas.engine.config import RetrainConfig, RunConfig, SafetyConfig
 from bsnas.engine.data.loading.evaluation_set import evaluation_set
 from bsnas.engine.evaluation.of_run import TrainedRun
-from bsnas.engine.host.cli import load_deepspeed_overrides, parse, write_figures
 from bsnas.engine.host.distributed import Process, entered_by_main, on_main, start_process
-from bsnas.engine.host.errors import UserError, run
-from bsnas.engine.host.kernel_choice import force_kernels
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import force_kernels, load_deepspeed_overrides, parse, run, write_figures
 from bsnas.engine.networks.subnet import Subnet, release
 from bsnas.engine.release.saved_network import load_network, save_network
 from bsnas.engine.runs.commands import recorded

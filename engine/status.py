@@ -19,9 +19,8 @@ if find_spec("bsnas") is None:
     print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
     sys.exit(2)
 
-from bsnas.engine.host.cli import parse, write_figures
 from bsnas.engine.host.console import duration
-from bsnas.engine.host.errors import run
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.facts import Row, RunFacts
 
 STALE_SECONDS = 120

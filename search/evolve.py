@@ -27,8 +27,8 @@ from bsnas.engine.host.preemption import handle_signals
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.search.algorithms.evolution import EvolutionConfig
@@ -157,7 +157,7 @@ def main() -> None:
     # Torch and DeepSpeed take seconds to load: only for what can be searched.
     from bsnas.engine.evaluation.of_run import TrainedRun
     from bsnas.engine.host.distributed import entered_by_main, start_process
-    from bsnas.engine.host.kernel_choice import force_kernels
+    from bsnas.engine.host.script import force_kernels
     from bsnas.engine.runs.commands import recorded
     from bsnas.search.reporting.tensorboard import write_search_events
     from bsnas.search.runs.finalists import LatencyTable

@@ -33,8 +33,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.release.onnx import Precision
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.cost import CostModel

@@ -22,8 +22,8 @@ if find_spec("bsnas") is None:
 
 import tyro
 
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.facts import RunFacts
 from bsnas.search.reporting.build import write_report, write_until_done
 from bsnas.search.reporting.compare import write_comparison

@@ -113,7 +113,7 @@ def _work(script: str, arguments: list[str], log: Path, environment: dict[str, s
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background has it ignored
     if faults.file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (faults.file_bytes, faults.file_bytes))
-    from bsnas.engine.host.errors import run
+    from bsnas.engine.host.script import run
 
     if faults.patch is not None:
         faults.patch()
