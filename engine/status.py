@@ -52,11 +52,11 @@ def main() -> None:
 
 def read_status(facts: RunFacts) -> dict[str, Any]:
     """What the files say, as plain data."""
-    owner = facts.run.owner()
+    owner = facts.directory.owner()
     running = owner is not None and owner.alive
     commands = facts.commands
     return {
-        "run": str(facts.run.path),
+        "run": str(facts.directory.path),
         "running": running,
         "owner": owner.text if owner is not None and running else None,
         "owner_elsewhere": owner is not None and owner.elsewhere,
@@ -106,7 +106,7 @@ def _retraining(facts: RunFacts) -> str:
 
 def next_command(facts: RunFacts) -> str | None:
     """The command that continues the run, when nothing works on it."""
-    where = f"--run {facts.run.path}"
+    where = f"--run {facts.directory.path}"
     if not facts.epochs or facts.epochs[-1]["epoch"] < facts.config.shrink.total_epochs:
         return f"python engine/train.py {where} --resume"
     if not facts.best:

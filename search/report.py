@@ -65,11 +65,11 @@ def write(arguments: ReportArguments) -> list[Path]:
     first = RunFacts(arguments.run[0])
     if len(arguments.run) == 2:
         second = RunFacts(arguments.run[1])
-        file = arguments.output or first.run.path / f"report-vs-{second.run.path.name}.html"
+        file = arguments.output or first.directory.path / f"report-vs-{second.directory.path.name}.html"
         return write_comparison([first, second], file.absolute())
-    file = (arguments.output or first.run.path / "report.html").absolute()
+    file = (arguments.output or first.directory.path / "report.html").absolute()
     if arguments.watch is not None:
-        return write_until_done(first.run.path, file, arguments.watch)
+        return write_until_done(first.directory.path, file, arguments.watch)
     return write_report(first, file)
 
 

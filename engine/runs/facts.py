@@ -50,8 +50,8 @@ class RunFacts:
     """The files of one run. Raises `UserError` when there is none, or its configuration is not to be read."""
 
     def __init__(self, path: Path | str) -> None:
-        self.run = RunDir.open(path)
-        self.config = self.run.config()
+        self.directory = RunDir.open(path)
+        self.config = self.directory.config()
         self.space = self.config.space
         self.damaged: list[str] = []
 
@@ -59,7 +59,7 @@ class RunFacts:
 
     @cached_property
     def metrics(self) -> list[Row]:
-        return self._lines(self.run.metrics_file)
+        return self._lines(self.directory.metrics_file)
 
     @property
     def epochs(self) -> list[Row]:
@@ -73,14 +73,14 @@ class RunFacts:
     def spaces(self) -> list[Space]:
         """The full space and those after each shrink step so far."""
         spaces = [self.space]
-        while (data := self._json(self.run.space_file(len(spaces)))) is not None:
+        while (data := self._json(self.directory.space_file(len(spaces)))) is not None:
             spaces.append(Space.from_json(data))
         return spaces
 
     @cached_property
     def shrink_steps(self) -> list[ShrinkStep]:
         steps: list[ShrinkStep] = []
-        while (data := self._json(self.run.shrink_file(len(steps) + 1))) is not None:
+        while (data := self._json(self.directory.shrink_file(len(steps) + 1))) is not None:
             number = len(steps) + 1
             if number > len(self.spaces):
                 break
@@ -104,7 +104,7 @@ class RunFacts:
     def searches(self) -> list[Search]:
         """All searches, the newest last."""
         found = []
-        for file in sorted(self.run.search_files(), key=_modified):
+        for file in sorted(self.directory.search_files(), key=_modified):
             data = self._json(file)
             if isinstance(data, dict) and "generations" in data:
                 request = data.get("request", {})
@@ -114,37 +114,37 @@ class RunFacts:
 
     @cached_property
     def best(self) -> Row | None:
-        return self._json(self.run.best_file)
+        return self._json(self.directory.best_file)
 
     @cached_property
     def front(self) -> list[Row]:
-        return self._json(self.run.front_file) or []
+        return self._json(self.directory.front_file) or []
 
     @cached_property
     def retrain_epochs(self) -> list[Row]:
-        return [line for line in self._lines(self.run.retrain.metrics_file) if line.get("kind") == "epoch"]
+        return [line for line in self._lines(self.directory.retrain.metrics_file) if line.get("kind") == "epoch"]
 
     @cached_property
     def retrained(self) -> Row | None:
-        return self._json(self.run.retrain.result_file)
+        return self._json(self.directory.retrain.result_file)
 
     @cached_property
     def latency(self) -> Row:
-        return self._json(self.run.latency_file) or {}
+        return self._json(self.directory.latency_file) or {}
 
     @cached_property
     def latency_tables(self) -> list[Path]:
         """Files of search/latency.py, the newest last."""
-        return sorted(self.run.latency_tables(), key=_modified)
+        return sorted(self.directory.latency_tables(), key=_modified)
 
     @cached_property
     def ranking(self) -> Row:
         """One-shot against stand-alone accuracy, where benchmarks/ranking.py has measured it."""
-        return self._json(self.run.ranking_file) or {}
+        return self._json(self.directory.ranking_file) or {}
 
     @cached_property
     def exports(self) -> list[Path]:
-        return sorted(self.run.export.glob("*.onnx"))
+        return sorted(self.directory.export.glob("*.onnx"))
 
     @property
     def chosen(self) -> Arch | None:
@@ -158,7 +158,7 @@ class RunFacts:
     def commands(self) -> list[Row]:
         """Every command that worked on the run: its start, with `seconds` and `outcome` of its end where it has one."""
         commands: list[Row] = []
-        for line in self._lines(self.run.commands_file):
+        for line in self._lines(self.directory.commands_file):
             if line.get("event") == "start":
                 commands.append({key: value for key, value in line.items() if key != "event"})
                 continue
@@ -170,7 +170,7 @@ class RunFacts:
     @cached_property
     def evaluations(self) -> Row:
         """Counts of the store: subnets scored, and model-images shown to them."""
-        file = self.run.evaluations
+        file = self.directory.evaluations
         if not file.is_file():
             return {"subnets": 0, "images": 0}
         try:
@@ -185,11 +185,11 @@ class RunFacts:
     @property
     def activity(self) -> Row | None:
         """The last progress that the process at work has noted."""
-        return self._json(self.run.activity_file)
+        return self._json(self.directory.activity_file)
 
     def last_change(self) -> float:
         """When a file of the run was last written, in seconds since 1970."""
-        run = self.run
+        run = self.directory
         files = [run.config_file, run.metrics_file, run.retrain.metrics_file, run.evaluations, run.activity_file]
         return max(map(_modified, [*files, run.commands_file, *run.search.glob("*.json")]))
 
@@ -217,7 +217,7 @@ class RunFacts:
             return None
 
     def _damaged(self, file: Path, error: Exception) -> None:
-        self.damaged.append(f"{file.relative_to(self.run.path)}: {error}")
+        self.damaged.append(f"{file.relative_to(self.directory.path)}: {error}")
 
 
 def _line(text: str) -> Row | None:

@@ -61,8 +61,8 @@ def write_comparison(runs: Sequence[RunFacts], file: Path) -> list[Path]:
 
 def labels(runs: Sequence[RunFacts]) -> list[str]:
     """Short names of the runs that differ from one another."""
-    names = [run.run.path.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.run.path) for run in runs]
+    names = [run.directory.path.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.directory.path) for run in runs]
 
 
 def pairs(first: Sequence[tuple[str, Any]], second: Sequence[tuple[str, Any]]) -> list[Pair]:

@@ -68,7 +68,7 @@ def write(file: Path, data: Any) -> None:
 
 
 def finished_run(path: Path, space: Space, size: Size = SMALL, *, seed: int = 0, **changes: Any) -> Path:
-    """A whole run: training, three shrink steps, search, retraining, latency, ranking and journal."""
+    """A whole run: training, three shrink steps, search, retraining, latency, ranking and commands."""
     rng = random.Random(seed)
     write(path / "config.json", configuration(space, size, seed=seed, **changes))
     last = train(path, space, size, rng)
@@ -81,7 +81,7 @@ def finished_run(path: Path, space: Space, size: Size = SMALL, *, seed: int = 0,
         {"arch": best["arch"], "one_shot": 0.6 + i / 100, "stand_alone": 0.7 + (i + i % 3) / 100} for i in range(9)
     ]
     write(path / "ranking/ranking.json", {"kendall_tau": 0.83, "confidence_interval": [0.4, 1.0], "archs": archs})
-    journal(path)
+    commands(path)
     return path
 
 
@@ -179,7 +179,7 @@ def latency(path: Path, space: Space) -> None:
     model.save(RunDir(path).latency_table(context.backend, context.batch, context.precision))
 
 
-def journal(path: Path) -> None:
+def commands(path: Path) -> None:
     entries: list[Row] = []
     for script, seconds in (("train", 3600.0), ("evolve", 240.0), ("retrain", 900.0)):
         who = {"script": script, "pid": 1, "host": "elsewhere", "time": "2026-01-01T00:00:00+00:00"}

@@ -263,11 +263,11 @@ def test_a_second_call_checks_nothing_again(folder, tmp_path, monkeypatch):
     assert content_of(tmp_path / "out") == before
 
 
-def test_a_torn_journal_is_read_up_to_the_tear(folder, tmp_path):
+def test_a_torn_file_of_outcomes_is_read_up_to_the_tear(folder, tmp_path):
     run_prepare(folder, tmp_path / "out")
     before = content_of(tmp_path / "out")
-    journal = tmp_path / "out" / ".prepare" / "checked.tsv"
-    journal.write_bytes(journal.read_bytes()[:-200])
+    known = tmp_path / "out" / ".prepare" / "checked.tsv"
+    known.write_bytes(known.read_bytes()[:-200])
     run_prepare(folder, tmp_path / "out")
     assert content_of(tmp_path / "out") == before
 
