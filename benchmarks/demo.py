@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.console import duration
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.runs.rundir import RunDir, read_json
-from bsnas.engine.training.metrics import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 

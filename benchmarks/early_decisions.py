@@ -24,9 +24,9 @@ from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.engine.evaluation.early_decisions import Place, Quotas, places_of
 from bsnas.engine.evaluation.evaluator import Evaluator
 from bsnas.engine.evaluation.of_run import TrainedRun
-from bsnas.engine.host.cli import parse, write_figures
 from bsnas.engine.host.distributed import Process, start_process
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.rundir import RunDir, read_json
 from bsnas.engine.space.shrink import importance, shrink
 from bsnas.engine.space.space import Arch, Space

@@ -26,8 +26,8 @@ from rich.table import Table
 from bsnas.benchmarks.parts.scoring.case import TRAINING_IMAGES, full_space, load_images, shrunk_space, trained_supernet
 from bsnas.benchmarks.parts.scoring.measure import Case, measure_case
 from bsnas.benchmarks.parts.timing.provenance import provenance
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 
 CaseName = Literal["full-36", "full-360", "full-1000", "shrunk-36", "shrunk-360", "shrunk-1000"]
 

@@ -35,10 +35,10 @@ from bsnas.benchmarks.parts.timing.latency_report import plot_latency, show
 from bsnas.benchmarks.parts.timing.latency_rows import Effort, Network, measure_rows
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.benchmarks.parts.timing.turns import write_csv
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
-from bsnas.engine.release.chosen import choose_network
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.release.onnx import Precision
+from bsnas.engine.release.released import inherited, retrained
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir, write_json
 from bsnas.search.backends import BACKENDS, Model
@@ -118,14 +118,15 @@ def main() -> None:
 def measure_run(run_dir: RunDir, arguments: LatencyArguments) -> None:
     """Measure, store and show."""
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
-    chosen = choose_network(run_dir, arguments.arch, arguments.images)
-    images, calibration = chosen.images.normalised(), chosen.calibration.normalised().numpy()
-    peers = {name: peer(name, len(chosen.classes), images) for name in arguments.peers}
+    released = retrained(run_dir) if arguments.arch is None else inherited(run_dir, arguments.arch)
+    images = released.test_images(arguments.images).normalised()
+    calibration = released.calibration_images().normalised().numpy() if "int8" in arguments.precisions else None
+    peers = {name: peer(name, len(released.data.classes), images) for name in arguments.peers}
     stamp, directory = provenance(), run_dir.latency
     with TemporaryDirectory() as files:
         models = [
-            Model(name, network, chosen.network.space.resolution, Path(files), calibration=calibration)
-            for name, network in {chosen.origin: chosen.network, **peers}.items()
+            Model(name, network, released.network.space.resolution, Path(files), calibration=calibration)
+            for name, network in {released.origin: released.network, **peers}.items()
         ]
         rows = measure_rows(
             [Network.of(model, images) for model in models],
@@ -142,15 +143,15 @@ def measure_run(run_dir: RunDir, arguments: LatencyArguments) -> None:
             )
         engines = [{**row, **stamp} for row in ahead]
     rows = [{**row, **stamp} for row in rows]
-    figures = {"arch": str(chosen.network.arch), "rows": rows, "engines": engines}
-    write_json(directory / "latency.json", figures)
+    figures = {"arch": str(released.network.arch), "rows": rows, "engines": engines}
+    write_json(run_dir.latency_file, figures)
     write_csv(directory / "latency.csv", rows)
     if engines:
         write_csv(directory / "engines.csv", engines)
     write_figures(arguments.json, figures)
     show(rows, engines)
     plotted = plot_latency(rows, directory / "latency.png")
-    print(f"all figures are in {directory / 'latency.json'}{f', a plot in {plotted}' if plotted else ''}")
+    print(f"all figures are in {run_dir.latency_file}{f', a plot in {plotted}' if plotted else ''}")
 
 
 def peer(name: str, classes: int, images: torch.Tensor) -> torch.nn.Module:

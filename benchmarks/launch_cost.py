@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 
 from bsnas.benchmarks.parts.timing.provenance import provenance
-from bsnas.engine.host.cli import write_figures
+from bsnas.engine.host.script import write_figures
 from bsnas.kernels.block import BlockShape
 from bsnas.kernels.gpu.launch import CachedLaunches
 from bsnas.kernels.tools.ahead_of_time import block_step

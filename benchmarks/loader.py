@@ -35,8 +35,8 @@ from bsnas.benchmarks.parts.loading.photographs import write_photographs, write_
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.engine.data.dataset import DataConfig, open_dataset
 from bsnas.engine.data.file_list import FileList
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 
 CONTENDERS: dict[str, Callable[[FileList, DataConfig, int], Contender]] = {
     "ours": loader_contenders.ours,

@@ -28,9 +28,9 @@ from bsnas.benchmarks.parts.study.trained_alone import TrainedAlone
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.engine.config import SafetyConfig
 from bsnas.engine.evaluation.of_run import TrainedRun
-from bsnas.engine.host.cli import parse, write_figures
 from bsnas.engine.host.distributed import Process, start_process
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir, write_json
 from bsnas.engine.space.cost import CostModel
@@ -73,7 +73,7 @@ def main() -> None:
     with run_dir.lock() if process.is_main else nullcontext(), recorded(run_dir, "ranking", device=process.device):
         figures = study(run_dir, arguments, process)
         if process.is_main:
-            write_json(run_dir.path / "ranking" / "ranking.json", figures)
+            write_json(run_dir.ranking_file, figures)
             write_figures(arguments.json, figures)
             _show(figures)
 
@@ -169,7 +169,7 @@ def _train_all(run_dir: RunDir, arguments: RankingArguments, process: Process, p
     if arguments.epochs is not None:
         config = replace(config, retrain=replace(config.retrain, epochs=arguments.epochs))
     data = TrainedRun.open(run_dir.path, process).data
-    alone = TrainedAlone(run_dir.path / "ranking", config, process, data, arguments.safety)
+    alone = TrainedAlone(run_dir.ranking, config, process, data, arguments.safety)
     return [alone.top1(config.space, arch) for arch in pool]
 
 

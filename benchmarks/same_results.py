@@ -23,8 +23,8 @@ if find_spec("bsnas") is None:
 
 from bsnas.benchmarks.parts.faults.disturbed_runs import ROOT, differences, outcome, rank_environments
 from bsnas.benchmarks.parts.faults.soak_pipeline import EVOLVE, RETRAIN, TRAIN
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 
 SHOWN = 20
 """Differences that are printed."""

@@ -34,9 +34,9 @@ import numpy as np
 
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.engine.evaluation.of_run import TrainedRun
-from bsnas.engine.host.cli import parse, write_figures
 from bsnas.engine.host.distributed import start_process
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.space.space import Space
 from bsnas.search.algorithms.evolution import Candidate, Evaluate, EvolutionConfig, evolve, ranked
 from bsnas.search.algorithms.nsga2 import evolve_front, hypervolume, pareto_front
@@ -86,7 +86,7 @@ def main() -> None:
     arguments = parse(QualityArguments, __doc__, sys.argv[1:])
     process = start_process()
     trained = TrainedRun.open(arguments.run, process)
-    file, model = find_model(trained.run.latency, arguments.latency_table, {})
+    file, model = find_model(trained.run, arguments.latency_table, {})
     table = LatencyTable.of(file, model, trained.supernet.space, foreign=False)
     with trained.run.lock():
         evaluate = trained.evaluator().evaluate

@@ -28,8 +28,8 @@ import onnxruntime
 from PIL import Image
 
 from bsnas.engine.data.index import is_prepared, read_index
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}

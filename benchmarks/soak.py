@@ -26,8 +26,8 @@ if find_spec("bsnas") is None:
 from bsnas.benchmarks.parts.faults import soak_parts
 from bsnas.benchmarks.parts.faults.soak_pipeline import Pipelines, Report
 from bsnas.benchmarks.parts.timing.provenance import provenance
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 
 PartName = Literal["kills", "terms", "damage", "disk", "ranks", "nan", "mutations", "stall"]
 ALL: tuple[PartName, ...] = ("mutations", "stall", "nan", "disk", "ranks", "damage", "terms", "kills")

@@ -36,12 +36,12 @@ from bsnas.benchmarks.parts.study.tables import Results, write_tables
 from bsnas.benchmarks.parts.study.trained_alone import TrainedAlone
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.benchmarks.ranking import spread_over
-from bsnas.engine.config import RunConfig, SafetyConfig, to_json
+from bsnas.engine.config import RunConfig, SafetyConfig, read_config, to_json
 from bsnas.engine.data.dataset import open_dataset
 from bsnas.engine.evaluation.of_run import TrainedRun
-from bsnas.engine.host.cli import parse, write_figures
 from bsnas.engine.host.distributed import Process, entered_by_main, on_main, start_process
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir, read_json, write_json
 from bsnas.engine.space.cost import CostModel
@@ -187,6 +187,8 @@ class Study:
         file = self.directory / "study.json"
         if file.is_file():
             held = read_json(file)
+            if "base" in held:
+                held["base"] = to_json(read_config(held["base"], file))
             for name, value in self.request.items():
                 if held.get(name) != value:
                     raise UserError(

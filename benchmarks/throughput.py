@@ -33,9 +33,9 @@ from bsnas.benchmarks.parts.loading.photographs import write_photographs
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.engine.config import RunConfig, SafetyConfig
 from bsnas.engine.data.dataset import open_dataset
-from bsnas.engine.host.cli import parse, write_figures
 from bsnas.engine.host.distributed import Process, start_process
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.presets import preset
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.training.metrics import Meter

@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.space.space import Sharing, Space
+from bsnas.engine.space.space import Operation, Sharing, Space
 
 Config = TypeVar("Config")
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -157,7 +158,7 @@ class RunConfig:
 
     preset: str
     """Name of the preset that the run started from."""
-    space: Annotated[Space, tyro.conf.Suppress]
+    space: Annotated[Space, tyro.conf.Suppress, PlainValidator(Space.from_json), PlainSerializer(Space.to_json)]
     """The full search space."""
     data: DataConfig
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -211,6 +212,16 @@ def from_json(kind: type[Config], data: Any, source: Path) -> Config:
     if lost:
         raise UserError(f"{source}: {lost}; take a file that this program wrote")
     return config
+
+
+def read_config(data: Any, source: Path) -> RunConfig:
+    """The configuration of a run. Raises `UserError` naming `source`."""
+    if not isinstance(data, dict):
+        raise UserError(f"{source} holds no configuration; restore it or start a new run")
+    with suppress(TypeError, KeyError):  # operations of older runs are lists of numbers; what is none is told below
+        live = [[op if isinstance(op, str) else str(Operation(*op)) for op in ops] for ops in data["space"]["live"]]
+        data = {**data, "space": {**data["space"], "live": live}}
+    return from_json(RunConfig, data, source)
 
 
 def _lost(given: Any, taken: Any, where: str) -> str | None:

@@ -11,9 +11,10 @@ from search-validation images.
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 if find_spec("bsnas") is None:
@@ -25,10 +26,10 @@ from bsnas.engine.host.preemption import handle_signals
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
-from bsnas.engine.release.chosen import ChosenNetwork, choose_network
-from bsnas.engine.release.int8 import Calibration
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
+from bsnas.engine.networks.subnet import Subnet
+from bsnas.engine.release.int8 import Calibration, quantize_onnx
 from bsnas.engine.release.onnx import (
     Input,
     OnnxFormat,
@@ -39,6 +40,7 @@ from bsnas.engine.release.onnx import (
     torch_logits,
     typed_logits,
 )
+from bsnas.engine.release.released import RealImages, ReleasedNetwork, inherited, retrained
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.cost import CostModel
@@ -89,48 +91,48 @@ def main() -> None:
 def export(arguments: ExportArguments) -> dict[str, Any]:
     """Write and check a file per precision. Returns the figures of --json: the first file's, and all under `files`."""
     run_dir = RunDir.open(arguments.run)
-    chosen = choose_network(run_dir, arguments.arch, arguments.images, arguments.calibration_images)
-    files = [export_one(run_dir, chosen, arguments, precision) for precision in arguments.precision]
+    released = retrained(run_dir) if arguments.arch is None else inherited(run_dir, arguments.arch)
+    images = released.test_images(arguments.images)
+    files = [export_one(run_dir, released, images, arguments, precision) for precision in arguments.precision]
     return {**files[0], "files": files}
 
 
 def export_one(
-    run_dir: RunDir, chosen: ChosenNetwork, arguments: ExportArguments, precision: Precision
+    run_dir: RunDir, released: ReleasedNetwork, images: RealImages, arguments: ExportArguments, precision: Precision
 ) -> dict[str, Any]:
     """Write one file, check it, say so, and return its figures."""
-    network, images = chosen.network, chosen.images
-    format = OnnxFormat(precision=precision, input=arguments.input, batch=arguments.batch)
+    network = released.network
+    outside: dict[str, Any] = {"precision": precision, "input": arguments.input, "batch": arguments.batch}
+    format = OnnxFormat(resolution=network.space.resolution, mean=images.mean, std=images.std, **outside)
     batch = f"-b{format.batch}" if format.batch else ""
-    file = arguments.output or run_dir.export / f"{chosen.origin}-{precision}-{format.input}{batch}.onnx"
+    file = arguments.output or run_dir.export / f"{released.origin}-{precision}-{format.input}{batch}.onnx"
     macs, params = CostModel(network.space).macs_and_params(network.arch)
-    facts = {"arch": str(network.arch), "weights": chosen.origin, "macs": macs, "params": params}
-    export_onnx(
-        network,
-        file,
-        resolution=network.space.resolution,
-        format=format,
-        mean=images.mean,
-        std=images.std,
-        metadata={
-            "classes": json.dumps(chosen.classes),
-            "resize": json.dumps(run_dir.config().data.resize),
-            **{name: str(fact) for name, fact in facts.items()},
-        },
-        calibration=chosen.calibration.inputs(format.input),
-        calibrate=arguments.calibrate,
-    )
+    facts = {"arch": str(network.arch), "weights": released.origin, "macs": macs, "params": params}
+    metadata = {
+        "classes": json.dumps(released.data.classes),
+        "resize": json.dumps(released.data.config.resize),
+        **{name: str(fact) for name, fact in facts.items()},
+    }
+    if precision == "int8":
+        calibration = released.calibration_images(arguments.calibration_images).inputs(format.input)
+        with TemporaryDirectory() as directory:
+            source = Path(directory) / "fp32.onnx"
+            export_onnx(network, source, replace(format, precision="fp32"), metadata)
+            quantize_onnx(source, file, calibration, calibration=arguments.calibrate)
+    else:
+        export_onnx(network, file, format, metadata)
     size = file.stat().st_size
     print(f"wrote {file}: {size / 1e6:.2f} MB, {macs / 1e6:.2f} M MACs, {params / 1e6:.3f} M parameters")
-    return {"file": str(file), "bytes": size, **facts, **asdict(format), **check(chosen, file, format)}
+    return {"file": str(file), "bytes": size, **facts, **outside, **check(network, images, file, format)}
 
 
-def check(chosen: ChosenNetwork, file: Path, format: OnnxFormat) -> dict[str, Any]:
+def check(network: Subnet, images: RealImages, file: Path, format: OnnxFormat) -> dict[str, Any]:
     """Compare the file with torch in fp32 on the same images; say it and return the figures.
 
     ONNX Runtime runs the file. Where it has no such type, torch computes what the file says in that type.
     """
-    images, by = chosen.images, "ONNX Runtime"
-    expected = torch_logits(chosen.network, images.normalised())
+    by = "ONNX Runtime"
+    expected = torch_logits(network, images.normalised())
     figures: dict[str, Any] = {}
     try:
         logits = onnx_logits(file, images.inputs(format.input))
@@ -138,7 +140,7 @@ def check(chosen: ChosenNetwork, file: Path, format: OnnxFormat) -> dict[str, An
         by = f"torch in {format.precision}"
         figures["not_checked"] = str(reason)
         print(f"{reason}")
-        logits = typed_logits(chosen.network, images.normalised(), format.precision)
+        logits = typed_logits(network, images.normalised(), format.precision)
     parity = compare_logits(logits, expected)
     top1_torch, top1_onnx = (float((answer.argmax(1) == images.labels).mean()) for answer in (expected, logits))
     lost = 100 * (top1_torch - top1_onnx)

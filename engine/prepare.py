@@ -26,9 +26,9 @@ from bsnas.engine.data.preparing.formats.open_source import SourceFormat, open_s
 from bsnas.engine.data.preparing.prepare import QUARANTINE, Preparation, Prepared, prepare, summary
 from bsnas.engine.data.preparing.stored_images import Resizing
 from bsnas.engine.data.split import is_count_or_share
-from bsnas.engine.host.cli import parse, write_figures
 from bsnas.engine.host.console import hide_libraries
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 
 SHEET = "samples.png"
 

@@ -26,18 +26,16 @@ import torch
 from bsnas.engine.config import RetrainConfig, RunConfig, SafetyConfig
 from bsnas.engine.data.loading.evaluation_set import evaluation_set
 from bsnas.engine.evaluation.of_run import TrainedRun
-from bsnas.engine.host.cli import load_deepspeed_overrides, parse, write_figures
 from bsnas.engine.host.distributed import Process, entered_by_main, on_main, start_process
-from bsnas.engine.host.errors import UserError, run
-from bsnas.engine.host.kernel_choice import force_kernels
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import force_kernels, load_deepspeed_overrides, parse, run, write_figures
 from bsnas.engine.networks.subnet import Subnet, release
-from bsnas.engine.release.chosen import network_file
-from bsnas.engine.release.network_file import load_network, save_network
+from bsnas.engine.release.saved_network import load_network, save_network
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir, read_json, write_json
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.space import Arch
-from bsnas.engine.training.network import StandaloneTrainer, measure_accuracy, request_file
+from bsnas.engine.training.network import StandaloneTrainer, measure_accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +73,11 @@ def main() -> None:
         figures = retrain(run_dir, arguments, process, overrides)
         if process.is_main:
             write_figures(arguments.json, figures)
-            write_json(run_dir.retrain / "result.json", figures)
+            write_json(run_dir.retrain.result_file, figures)
             print(
                 f"test top-1 {figures['test_top1']:.4f}, top-5 {figures['test_top5']:.4f} on {figures['test_images']} "
                 f"images; {figures['macs'] / 1e6:.2f} M MACs, {figures['params'] / 1e6:.3f} M parameters; "
-                f"network in {network_file(run_dir)}"
+                f"network in {run_dir.retrain.network_file}"
             )
 
 
@@ -99,13 +97,13 @@ def retrain(
     trained = TrainedRun.open(run_dir.path, process)
     network = release(trained.supernet, arch) if arguments.inherit else Subnet(config.space, arch)
     trainer = StandaloneTrainer(
-        network, config, run_dir.retrain, request, process, trained.data, overrides, arguments.safety
+        network, config, run_dir.retrain.path, request, process, trained.data, overrides, arguments.safety
     )
     trainer.train()
     if process.is_main:
-        save_network(network_file(run_dir), network)
+        save_network(run_dir.retrain.network_file, network)
     test = evaluation_set(trained.data.open_test(), config.data)
-    final = load_network(network_file(run_dir)) if process.is_main else network
+    final = load_network(run_dir.retrain.network_file) if process.is_main else network
     accuracy = measure_accuracy(final.to(process.device), test, process.device)
     macs, params = CostModel(config.space).macs_and_params(arch)
     return {
@@ -129,7 +127,7 @@ def _with_overrides(config: RunConfig, arguments: RetrainArguments) -> RunConfig
 
 
 def _best_arch(run_dir: RunDir) -> str:
-    file = run_dir.search / "best.json"
+    file = run_dir.best_file
     if not file.is_file():
         raise UserError(
             f"{run_dir.path} holds no search result; run search/evolve.py --run {run_dir.path} first, or give --arch"
@@ -147,11 +145,11 @@ def named_arch(file: Path) -> str:
 
 def _check_free(run_dir: RunDir, request: dict[str, Any], overwrite: bool) -> None:
     """Raise `UserError` when the run holds the retraining of something else."""
-    file = request_file(run_dir.retrain)
+    file = run_dir.retrain.request_file
     held = read_json(file) if file.is_file() else request
     if held != request and not overwrite:
         raise UserError(
-            f"{run_dir.retrain} holds the training of {held}; "
+            f"{run_dir.retrain.path} holds the training of {held}; "
             "add --overwrite to replace it, or ask for the same to continue it"
         )
 

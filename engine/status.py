@@ -19,9 +19,9 @@ if find_spec("bsnas") is None:
     print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
     sys.exit(2)
 
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import run
-from bsnas.engine.runs.facts import Row, RunFacts, ago
+from bsnas.engine.host.console import duration
+from bsnas.engine.host.script import parse, run, write_figures
+from bsnas.engine.runs.facts import Row, RunFacts
 
 STALE_SECONDS = 120
 """After this time without a note, the line says how old the last one is."""
@@ -52,11 +52,11 @@ def main() -> None:
 
 def read_status(facts: RunFacts) -> dict[str, Any]:
     """What the files say, as plain data."""
-    owner = facts.owner()
+    owner = facts.directory.owner()
     running = owner is not None and owner.alive
     commands = facts.commands
     return {
-        "run": str(facts.path),
+        "run": str(facts.directory.path),
         "running": running,
         "owner": owner.text if owner is not None and running else None,
         "owner_elsewhere": owner is not None and owner.elsewhere,
@@ -74,13 +74,14 @@ def phases(facts: RunFacts) -> Iterator[tuple[str, str]]:
     """Every phase of a search with how far it is."""
     epochs = facts.epochs
     done = epochs[-1]["epoch"] if epochs else 0
-    text = f"{done} of {facts.total_epochs} epochs"
+    shrink = facts.config.shrink
+    text = f"{done} of {shrink.total_epochs} epochs"
     if epochs:
         text += f", loss {epochs[-1]['loss']:.4f}, top-1 {epochs[-1]['top1']:.2%}"
     yield "training", text
     steps = len(facts.spaces) - 1
-    text = f"{steps} of {len(facts.step_epochs)} steps, {facts.spaces[-1].num_architectures:,.4g} architectures left"
-    upcoming = [epoch for epoch in facts.step_epochs[steps:] if epoch >= done]
+    text = f"{steps} of {len(shrink.step_epochs)} steps, {facts.spaces[-1].num_architectures:,.4g} architectures left"
+    upcoming = [epoch for epoch in shrink.step_epochs[steps:] if epoch >= done]
     yield "shrinking", text + (f", next at epoch {upcoming[0]}" if upcoming else "")
     if facts.searches:
         search = facts.searches[-1]
@@ -105,8 +106,8 @@ def _retraining(facts: RunFacts) -> str:
 
 def next_command(facts: RunFacts) -> str | None:
     """The command that continues the run, when nothing works on it."""
-    where = f"--run {facts.path}"
-    if not facts.epochs or facts.epochs[-1]["epoch"] < facts.total_epochs:
+    where = f"--run {facts.directory.path}"
+    if not facts.epochs or facts.epochs[-1]["epoch"] < facts.config.shrink.total_epochs:
         return f"python engine/train.py {where} --resume"
     if not facts.best:
         return f"python search/evolve.py {where} --max-macs ..."
@@ -149,17 +150,20 @@ def progress(activity: Row) -> str:
         text += f", {done:,.5g} of {total:,.5g} {activity['unit']}".rstrip() + f", {done / total:.0%}"
         elapsed = activity["time"] - activity["started"]
         if done:
-            text += f", {_duration(elapsed / done * (total - done))} left"
+            text += f", {duration(elapsed / done * (total - done))} left"
     if "loss" in activity:
         text += f", loss {activity['loss']:.4f}, {activity['images_per_s']:,.0f} images/s"
     age = time.time() - activity["time"]
     return text + (f", said {ago(activity['time'])}" if age > STALE_SECONDS else "")
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def ago(seconds_since_1970: float) -> str:
+    """`12 s ago`, `3 min ago`, ..."""
+    seconds = max(0.0, time.time() - seconds_since_1970)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
 
 
 if __name__ == "__main__":

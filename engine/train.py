@@ -24,10 +24,8 @@ import tyro
 
 from bsnas.engine.config import RunConfig, SafetyConfig
 from bsnas.engine.data.dataset import open_dataset
-from bsnas.engine.host.cli import load_deepspeed_overrides, option, parse, write_figures
 from bsnas.engine.host.distributed import entered_by_main, on_main, start_process
-from bsnas.engine.host.errors import run
-from bsnas.engine.host.kernel_choice import force_kernels
+from bsnas.engine.host.script import force_kernels, load_deepspeed_overrides, option, parse, run, write_figures
 from bsnas.engine.presets import at_channels, at_resolution, preset
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir

@@ -11,7 +11,6 @@ limits every evaluation that the run directory knows is taken from there, and wh
 limits counts too. Latencies come from a table of search/latency.py; the last few networks are timed beside it.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,10 +27,10 @@ from bsnas.engine.host.preemption import handle_signals
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.facts import RunFacts
-from bsnas.engine.space.space import Operation, Space
+from bsnas.engine.runs.rundir import RunDir
 from bsnas.search.algorithms.evolution import EvolutionConfig
 from bsnas.search.algorithms.sampler import Sampler
 from bsnas.search.costs.constraints import Limit, format_count, parse_count
@@ -145,7 +144,7 @@ class EvolveArguments:
         limited = self.max_latency_ms or self.min_latency_ms
         if not limited and "latency" not in self.goals and not asked:
             return None
-        return find_model(self.run.expanduser() / "latency", self.latency_table, wanted)
+        return find_model(RunDir(self.run), self.latency_table, wanted)
 
 
 def main() -> None:
@@ -153,12 +152,12 @@ def main() -> None:
     requested = [arguments.limits(budget) for budget in arguments.all_budgets or (None,)]
     config = arguments.evolution()
     found = arguments.find_table()
-    refuse_unreachable(arguments.run.expanduser(), requested, found[1] if found else None)
+    refuse_unreachable(RunDir(arguments.run), requested, found[1] if found else None)
 
     # Torch and DeepSpeed take seconds to load: only for what can be searched.
     from bsnas.engine.evaluation.of_run import TrainedRun
     from bsnas.engine.host.distributed import entered_by_main, start_process
-    from bsnas.engine.host.kernel_choice import force_kernels
+    from bsnas.engine.host.script import force_kernels
     from bsnas.engine.runs.commands import recorded
     from bsnas.search.reporting.tensorboard import write_search_events
     from bsnas.search.runs.finalists import LatencyTable
@@ -192,18 +191,14 @@ def main() -> None:
         write_figures(arguments.json, figures)
 
 
-def refuse_unreachable(run_dir: Path, requested: Sequence[tuple[Limit, ...]], model: LatencyModel | None) -> None:
+def refuse_unreachable(run_dir: RunDir, requested: Sequence[tuple[Limit, ...]], model: LatencyModel | None) -> None:
     """Raise `UserError` for limits that no architecture keeps, before anything slow begins.
 
     A run that cannot be read is left to those who say what is wrong with it.
     """
     try:
-        table = json.loads((run_dir / "config.json").read_text())["space"]
-        table["live"] = [[str(Operation(*op)) for op in ops] for ops in table["live"]]
-        files = (run_dir / "spaces").glob("step-*.json")
-        steps = sorted(files, key=lambda file: int(file.stem.removeprefix("step-")))
-        space = Space.from_json(json.loads(steps[-1].read_text()) if steps else table)
-    except (OSError, ValueError, KeyError, TypeError):
+        space = run_dir.spaces()[-1]
+    except UserError:
         return
     for limits in requested:
         Sampler(space, constraints_for(space, limits, model.predictor(space) if model else None))

@@ -33,8 +33,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.release.onnx import Precision
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.cost import CostModel
@@ -43,7 +43,7 @@ from bsnas.engine.space.space import Arch, Space
 from bsnas.search.backends import BACKENDS, CannotRun
 from bsnas.search.latency_tables.bench import LatencyBench, base_ms
 from bsnas.search.latency_tables.fit import best_fit, errors_of, kendall_tau, part_counts
-from bsnas.search.latency_tables.model import LatencyModel, PartCost, model_file
+from bsnas.search.latency_tables.model import LatencyModel, PartCost
 from bsnas.search.latency_tables.store import Timing, TimingStore
 
 _DRAWS = 50
@@ -116,12 +116,13 @@ def measure_table(run_dir: RunDir, arguments: LatencyTableArguments) -> dict[str
             f"{arguments.backend} cannot measure {arguments.precision} here: {reason}; choose another --backend or "
             "--precision, or measure on the machine that has it"
         ) from None
-    timings = time_missing(bench, TimingStore(run_dir.latency / "timings.sqlite"), [*fitted, *held_out])
+    timings = time_missing(bench, TimingStore(run_dir.timings_file), [*fitted, *held_out])
     model = fit_model(bench, space, timings, fitted, held_out)
-    file = model_file(run_dir.latency, bench.context)
+    context = bench.context
+    file = run_dir.latency_table(context.backend, context.batch, context.precision)
     model.save(file)
     figures = {
-        **asdict(bench.context),
+        **asdict(context),
         "parts": len(model.parts),
         "correction": model.correction,
         **model.errors,

@@ -22,8 +22,8 @@ if find_spec("bsnas") is None:
 
 import tyro
 
-from bsnas.engine.host.cli import parse, write_figures
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.facts import RunFacts
 from bsnas.search.reporting.build import write_report, write_until_done
 from bsnas.search.reporting.compare import write_comparison
@@ -65,11 +65,11 @@ def write(arguments: ReportArguments) -> list[Path]:
     first = RunFacts(arguments.run[0])
     if len(arguments.run) == 2:
         second = RunFacts(arguments.run[1])
-        file = arguments.output or first.path / f"report-vs-{second.path.name}.html"
+        file = arguments.output or first.directory.path / f"report-vs-{second.directory.path.name}.html"
         return write_comparison([first, second], file.absolute())
-    file = (arguments.output or first.path / "report.html").absolute()
+    file = (arguments.output or first.directory.path / "report.html").absolute()
     if arguments.watch is not None:
-        return write_until_done(first.path, file, arguments.watch)
+        return write_until_done(first.directory.path, file, arguments.watch)
     return write_report(first, file)
 
 

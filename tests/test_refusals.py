@@ -34,8 +34,9 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.presets import preset
 from bsnas.engine.release.onnx import onnx_logits
 from bsnas.engine.retrain import _best_arch
-from bsnas.engine.runs.facts import RunFacts, _operation
+from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.runs.rundir import RunDir, write_json
+from bsnas.engine.space.space import Operation
 from bsnas.kernels import BlockShape, BlockWeights, choose_backend, inverted_residual, pointwise_bn_relu6, set_backend
 from bsnas.search.backends.base import CannotRun
 from bsnas.search.evolve import EvolveArguments
@@ -84,7 +85,7 @@ RUN = Path("run")
             lambda: choose_backend(torch.ones(1), "triton"),
             r"backend 'triton' cannot run: .*; use 'reference', or force n",
         ),
-        (lambda: _operation("k3"), r"'k3' is no operation; take files that this program wrote"),
+        (lambda: Operation.parse("k3"), r"operation 'k3' does not parse; write kKERNELtEXPANSIONcCHANNELS"),
         (lambda: Evaluator(None, None, bn="none"), r"bn 'none' is unknown; allowed are run"),  # type: ignore[arg-type]
         (
             lambda: small_space().check(_with_channels(5)),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from bsnas.engine.data.checking.outcomes import ImageFacts
 from bsnas.engine.host.errors import UserError
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pnm", ".webp", ".tif", ".tiff", ".jp2"))
@@ -34,6 +35,21 @@ class FileList:
     """First 16 bytes of each image's SHA-256 in hexadecimal digits, [N]."""
     offsets: npt.NDArray[np.int64] | None = None
     """First byte of each inside its file; None where every image is a file of its own."""
+
+    @classmethod
+    def of(
+        cls, root: Path, names: Sequence[str], files: Sequence[str], labels: Sequence[int], facts: Sequence[ImageFacts]
+    ) -> "FileList":
+        """Images that are files of their own, from what a check found out."""
+        return cls(
+            root=root,
+            names=tuple(names),
+            files=tuple(files),
+            labels=np.array(labels, np.int64),
+            sizes=np.array([fact.size for fact in facts], np.int64),
+            shapes=np.array([(fact.height, fact.width, fact.channels) for fact in facts], np.int32).reshape(-1, 3),
+            digests=np.array([fact.digest for fact in facts], "S32"),
+        )
 
     def __len__(self) -> int:
         return len(self.names)

@@ -2,38 +2,36 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from bsnas.engine.data.checking.image_facts import Fault, ImageFacts
-from bsnas.engine.data.checking.memo import CheckJournal, Outcome, stamp_of
+from bsnas.engine.data.checking.outcomes import Fault, ImageFacts, KnownOutcomes, Outcome, stamp_of
 from bsnas.engine.data.checking.quarantine import describe, refuse_too_many, write_quarantine
+from bsnas.engine.data.contents import read_file
 from bsnas.engine.data.file_list import FileList, FoundFile, Listing
 from bsnas.engine.host.atomic import locked
 from bsnas.engine.host.console import Progress
 
 
 def index_folder(
-    directory: Path, listing: Listing, place: Path, *, channels: int, threads: int, max_broken: float
+    directory: Path, listing: Listing, cache: Path, *, channels: int, threads: int, max_broken: float
 ) -> FileList:
-    """The decodable images of a listing of `directory`; what is known is kept in the directory `place`.
+    """The decodable images of a listing of `directory`; what is known is kept in the directory `cache`.
 
-    Images that cannot be used are listed in `place`/NAME-quarantine.tsv and told. Raises UserError when they are more
+    Images that cannot be used are listed in `cache`/NAME-quarantine.tsv and told. Raises UserError when they are more
     than the share `max_broken`.
     """
     key = hashlib.sha256(f"{directory}\0{channels}".encode("utf-8", "surrogateescape")).hexdigest()[:12]
     stem = f"{directory.parent.name}-{directory.name}-{key}"
-    with locked(place / f"{stem}.lock"), CheckJournal(place / f"{stem}.tsv") as journal:
-        fresh = check_new(directory, listing.files, journal, channels=channels, threads=threads)
-        outcomes = [journal.find(file.name, stamp_of(file.size, file.mtime)) for file in listing.files]
+    with locked(cache / f"{stem}.lock"), KnownOutcomes(cache / f"{stem}.tsv") as known:
+        fresh = check_new(directory, listing.files, known, channels=channels, threads=threads)
+        outcomes = [known.find(file.name, stamp_of(file.size, file.mtime)) for file in listing.files]
         broken = [
             (file.name, o.reason) for file, o in zip(listing.files, outcomes, strict=True) if isinstance(o, Fault)
         ]
         set_aside = [*listing.problems, *broken]
-        listed = place / f"{stem}-quarantine.tsv"
+        listed = cache / f"{stem}-quarantine.tsv"
         if set_aside:
             write_quarantine(listed, set_aside)
     total = len(listing.files) + len(listing.problems)
@@ -44,39 +42,33 @@ def index_folder(
 
 
 def check_new(
-    directory: Path, files: Sequence[FoundFile], journal: CheckJournal, *, channels: int, threads: int
+    directory: Path, files: Sequence[FoundFile], known: KnownOutcomes, *, channels: int, threads: int
 ) -> bool:
-    """Check what the journal does not know yet; whether there was anything."""
-    unknown = [file for file in files if journal.find(file.name, stamp_of(file.size, file.mtime)) is None]
+    """Check what is not known yet; whether there was anything."""
+    unknown = [file for file in files if known.find(file.name, stamp_of(file.size, file.mtime)) is None]
     if not unknown:
         return False
-    from bsnas.engine.data.checking.image_check import (  # loads DALI, which most calls do not need
-        ImageChecker,
-        read_file,
-    )
+    # Loads DALI, which most calls do not need.
+    from bsnas.engine.data.checking.image_check import Checked, ImageChecker
 
-    def images() -> Iterator[tuple[FoundFile, Callable[[], bytes]]]:
+    with (
+        ImageChecker[FoundFile](channels=channels, threads=threads) as checker,
+        Progress(f"checking images of {directory}", len(unknown), unit="images") as progress,
+    ):
+
+        def note(checked: list[Checked[FoundFile]]) -> None:
+            for file, _, outcome in checked:
+                known.add(file.name, stamp_of(file.size, file.mtime), outcome)
+                progress.advance()
+
         for file in unknown:
-            yield file, partial(read_file, os.path.join(directory, file.name))
-
-    checker = ImageChecker(channels=channels, threads=threads)
-    with Progress(f"checking images of {directory}", len(unknown), unit="images") as progress:
-        for file, _, outcome in checker.check(images()):
-            journal.add(file.name, stamp_of(file.size, file.mtime), outcome)
-            progress.advance()
+            note(checker.add(file, partial(read_file, os.path.join(directory, file.name))))
+        note(checker.rest())
     return True
 
 
 def to_file_list(directory: Path, files: Sequence[FoundFile], outcomes: Sequence[Outcome | None]) -> FileList:
     """The files whose outcome is an image."""
     good = [(file, facts) for file, facts in zip(files, outcomes, strict=True) if isinstance(facts, ImageFacts)]
-    names = tuple(file.name for file, _ in good)
-    return FileList(
-        root=directory,
-        names=names,
-        files=names,
-        labels=np.array([file.label for file, _ in good], np.int64),
-        sizes=np.array([facts.size for _, facts in good], np.int64),
-        shapes=np.array([(f.height, f.width, f.channels) for _, f in good], np.int32).reshape(-1, 3),
-        digests=np.array([facts.digest for _, facts in good], "S32"),
-    )
+    names = [file.name for file, _ in good]
+    return FileList.of(directory, names, names, [file.label for file, _ in good], [facts for _, facts in good])

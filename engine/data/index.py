@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from bsnas.engine.data.checking.memo import escape, unescape
 from bsnas.engine.data.file_list import FileList
 from bsnas.engine.host.atomic import write_atomically
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.tsv import escape, unescape
 
 FORMAT = 1
 INDEX_FILE = "index.json"

@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageOps
 
-from bsnas.engine.data.checking.image_check import read_file
+from bsnas.engine.data.contents import read_image
 from bsnas.engine.data.file_list import FileList
-from bsnas.engine.data.shard_reader import read_ranges
 from bsnas.engine.host.atomic import write_atomically
 
 THUMBNAIL = 96
@@ -50,8 +49,7 @@ def image_grid(images: npt.NDArray[np.uint8], columns: int, target: Path) -> Non
 
 
 def _thumbnail(files: FileList, place: int) -> Image.Image:
-    content = read_file(files.path(place)) if files.offsets is None else read_ranges(files, [place])[0].tobytes()
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(read_image(files, place))) as image:
         image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits

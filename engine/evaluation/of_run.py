@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from bsnas.engine.checkpoints.checkpoint import Progress, Written, latest_checkpoint, load_checkpoint
+from bsnas.engine.checkpoints.checkpoint import load_checkpoint
+from bsnas.engine.checkpoints.keep import latest_checkpoint
+from bsnas.engine.checkpoints.manifest import Manifest, Progress
 from bsnas.engine.checkpoints.tensor_file import load_weights
 from bsnas.engine.config import RunConfig
 from bsnas.engine.data.dataset import Dataset, open_dataset
@@ -42,7 +44,7 @@ class TrainedRun:
         checkpoint = latest_checkpoint(run.checkpoints) if step is None else _scored_at(run, config, step)
         if checkpoint is None:
             raise UserError(f"{run.path} holds no checkpoint yet; train it first with engine/train.py --run {path}")
-        space, _, state = load_checkpoint(checkpoint, config.space)
+        space, state = load_checkpoint(checkpoint, config.space)
         supernet = Supernet(space, config.sharing)
         load_weights(supernet, state.get("supernet"), checkpoint)
         return cls(run, config, process, supernet.to(process.device).eval())
@@ -81,8 +83,8 @@ def _scored_at(run: RunDir, config: RunConfig, step: int) -> Path:
     epochs = config.shrink.step_epochs
     if not 1 <= step <= len(epochs):
         raise UserError(f"shrink step {step} of {run.path}; its configuration has steps 1 to {len(epochs)}")
-    about = Written(progress=Progress(epoch=epochs[step - 1], shrink_steps=step - 1))
-    file = run.checkpoints / f"{about.name}.pt"
+    manifest = Manifest(progress=Progress(epoch=epochs[step - 1], shrink_steps=step - 1))
+    file = run.checkpoints / f"{manifest.name}.pt"
     if not file.is_file():
         raise UserError(f"{file} is not there; the run has not come to shrink step {step} yet, or it was removed")
     return file

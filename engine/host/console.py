@@ -186,6 +186,13 @@ def note_activity(doing: str, done: float, total: float | None, *, unit: str = "
 # ---- progress bars
 
 
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 class _Speed(ProgressColumn):
     def __init__(self, unit: str) -> None:
         super().__init__()

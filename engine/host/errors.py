@@ -1,13 +1,9 @@
-"""Errors that a user can mend, and the one place where scripts turn them into a line and an exit code. No torch."""
+"""Errors that a user can mend, and failures of the machine; engine/host/script.py turns them into a line. No torch."""
 
 import errno
 import os
 import re
 import sqlite3
-import sys
-from collections.abc import Callable
-
-from bsnas.engine.host.preemption import Preempted, handle_signals, started
 
 EXIT_USER_ERROR = 2
 EXIT_MACHINE_ERROR = 3
@@ -72,38 +68,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
     )
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; what ends it becomes one line on stderr and an exit code.
-
-    2: the user can mend it. 3: the machine failed. 75: told to stop, to be continued. Everything else is a bug.
-    """
-    handle_signals()
-    try:
-        started()
-        main()
-    except Preempted as stop:
-        _leave(stop.message, stop.code, told=_rank() != 0)
-    except UserError as error:
-        # All ranks meet bad input alike and one says it; a machine fails for one rank alone.
-        told = error.told or (_rank() != 0 and not isinstance(error, MachineError))
-        _leave(f"error: {error}", error.exit_code, told=told)
-    except BrokenPipeError:  # whoever reads our output, such as `head`, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(EXIT_MACHINE_ERROR) from None
-    except (OSError, RuntimeError, MemoryError, sqlite3.Error) as error:
-        failure = machine_failure(error)
-        if failure is None:
-            raise
-        _leave(f"error: {failure}", failure.exit_code, told=False)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _leave(line: str, code: object, *, told: bool) -> None:
-    if not told:
-        print(line, file=sys.stderr, flush=True)
-    raise SystemExit(code) from None

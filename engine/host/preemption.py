@@ -42,7 +42,7 @@ class _State:
     first = 0.0
     deferred = 0
     started = False
-    """Whether the script's imports are done and `bsnas.engine.host.errors.run` turns `Preempted` into a line."""
+    """Whether the script's imports are done and `bsnas.engine.host.script.run` turns `Preempted` into a line."""
     saving = False
 
 

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from bsnas.engine.host.atomic import write_atomically
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.fold_batchnorm import fold_batchnorm
-from bsnas.engine.release.int8 import Calibration, quantize_onnx
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Input = Literal["normalised", "uint8"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
 """Types of the network that the exporter sees; INT8 is made from its fp32 file."""
-OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}
+OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22}
 """Convolutions of bfloat16 came with opset 22."""
 MAX_BATCH = 4096
 """Largest batch of a file with a dynamic one."""
@@ -33,6 +32,11 @@ MAX_BATCH = 4096
 class OnnxFormat:
     """What the file looks like from outside."""
 
+    resolution: int
+    """H and W of the images in pixels."""
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Of the normalisation, a value per channel, in units of 0 to 1."""
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
     precision: Precision = "fp32"
     """Type of weights and activations; TensorRT takes its precision from them. Input and output stay as they are."""
     input: Input = "normalised"
@@ -44,13 +48,13 @@ class OnnxFormat:
 class ExportedNetwork(nn.Module):
     """A network with its normalisation and type conversions: `images` of the format's input -> float32 logits."""
 
-    def __init__(self, network: nn.Module, format: OnnxFormat, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, network: nn.Module, format: OnnxFormat) -> None:
         super().__init__()
         self.network = network.eval()
         self.dtype = DTYPES[format.precision]
         self.raw = format.input == "uint8"
-        self.shift = nn.Buffer(255 * torch.tensor(mean))
-        self.scale = nn.Buffer(1 / (255 * torch.tensor(std)))
+        self.shift = nn.Buffer(255 * torch.tensor(format.mean))
+        self.scale = nn.Buffer(1 / (255 * torch.tensor(format.std)))
 
     def forward(self, images: Tensor) -> Tensor:
         if self.raw:
@@ -79,55 +83,28 @@ class PointwiseClassifier(nn.Module):
 
 
 def export_onnx(
-    network: nn.Module,
-    file: Path,
-    *,
-    resolution: int,
-    format: OnnxFormat,
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5),
-    std: tuple[float, ...] = (0.5, 0.5, 0.5),
-    metadata: Mapping[str, str] | None = None,
-    calibration: npt.NDArray[np.generic] | None = None,
-    calibrate: Calibration = "minmax",
+    network: nn.Module, file: Path, format: OnnxFormat, metadata: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Write a network of images with three channels as ONNX, with batch normalisation folded, and check the file.
+    """Write a network as ONNX, with batch normalisation folded, and check the file.
 
     Args:
-        network: images [N, 3, H, W] -> logits [N, classes]; left as it is.
+        network: images [N, C, H, W] -> logits [N, classes]; left as it is.
         file: where to write; appears whole or not at all.
-        resolution: H and W in pixels.
-        format: precision, input and batch of the file.
-        mean, std: of the normalisation, in units of 0 to 1.
+        format: of the file; INT8 is made from a file of fp32 (engine/release/int8.py).
         metadata: strings stored in the file beside the format and the normalisation.
-        calibration: real images in the file's input format; INT8 needs them.
-        calibrate: how INT8's ranges follow from them.
     """
-    if format.precision == "int8":
-        with TemporaryDirectory() as directory:
-            source = Path(directory) / "fp32.onnx"
-            export_onnx(
-                network,
-                source,
-                resolution=resolution,
-                format=replace(format, precision="fp32"),
-                mean=mean,
-                std=std,
-                metadata=metadata,
-            )
-            quantize_onnx(source, file, np.empty(0) if calibration is None else calibration, calibration=calibrate)
-        return
+    assert format.precision != "int8"
     folded = fold_batchnorm(network).cpu()
     for name, layer in list(folded.named_modules()):
         if isinstance(layer, nn.Linear):
             folded.set_submodule(name, PointwiseClassifier(layer))
         if hasattr(layer, "inplace"):
             layer.inplace = False  # the exporter undoes in-place operations, which doubles its time
-    module = ExportedNetwork(folded.to(DTYPES[format.precision]), format, mean, std).eval()
-    channels = len(mean)
-    shape = (format.batch or 2, channels, resolution, resolution)
+    module = ExportedNetwork(folded.to(DTYPES[format.precision]), format).eval()
+    shape = (format.batch or 2, len(format.mean), format.resolution, format.resolution)
     example = torch.zeros(shape)
     if format.input == "uint8":
-        example = torch.zeros((shape[0], resolution, resolution, channels), dtype=torch.uint8)
+        example = torch.zeros((shape[0], *shape[2:], shape[1]), dtype=torch.uint8)
     dynamic = None if format.batch else {"images": {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}}
     program = torch.onnx.export(
         module,
@@ -145,9 +122,9 @@ def export_onnx(
     properties = {
         "precision": format.precision,
         "input": format.input,
-        "mean": json.dumps(mean),
-        "std": json.dumps(std),
-        **(metadata or {}),
+        "mean": json.dumps(format.mean),
+        "std": json.dumps(format.std),
+        **metadata,
     }
     onnx.helper.set_model_props(model, properties)
     onnx.checker.check_model(model, full_check=True)

@@ -1,4 +1,4 @@
-"""Which commands worked on a run, with which versions, how long and at what cost: `commands.jsonl`.
+"""Which commands worked on a run, with which versions, how long and with how much energy: `commands.jsonl`.
 
 Each command writes a line when it starts and one when it ends, so a killed one is known by its missing end.
 """
@@ -22,21 +22,14 @@ import torch
 
 from bsnas.engine.host.console import keep_messages, note_activity_in
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.runs.energy import EnergyMeter
 from bsnas.engine.runs.rundir import RunDir
 
 PACKAGES = (
     "torch", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "triton", "onnx", "onnxruntime", "tensorrt",
     "tensorrt-rtx", "numpy",
 )  # fmt: skip
-
-
-def commands_file(run: RunDir) -> Path:
-    return run.path / "commands.jsonl"
-
-
-def activity_file(run: RunDir) -> Path:
-    return run.path / "activity.json"
+RAPL = Path("/sys/class/powercap")
+"""The processor's own counters."""
 
 
 @contextmanager
@@ -46,7 +39,7 @@ def recorded(run: RunDir, script: str, *, device: torch.device | None = None) ->
     Only the main process writes the record; other ranks only have a log of their own.
     """
     rank = int(os.environ.get("RANK", "0"))
-    keep_messages(run.path / "logs" / (f"{script}-rank{rank}.log" if rank else f"{script}.log"))
+    keep_messages(run.logs / (f"{script}-rank{rank}.log" if rank else f"{script}.log"))
     if rank:
         yield
         return
@@ -54,7 +47,7 @@ def recorded(run: RunDir, script: str, *, device: torch.device | None = None) ->
     started, energy = time.perf_counter(), EnergyMeter(device)
     who = {"script": script, "pid": os.getpid(), "host": socket.gethostname()}
     _append(run, {"event": "start", **who, "time": now(), "command": shlex.join(sys.argv), **environment(device)})
-    note_activity_in(activity_file(run))
+    note_activity_in(run.activity_file)
     outcome = "stopped"
     try:
         yield
@@ -126,5 +119,46 @@ def _lines(file: Path) -> list[str]:
 
 
 def _append(run: RunDir, entry: dict[str, Any]) -> None:
-    with open(commands_file(run), "a") as file:
+    with open(run.commands_file, "a") as file:
         file.write(json.dumps(entry) + "\n")
+
+
+# ---- energy that the machine itself reports; nothing is estimated
+
+
+class EnergyMeter:
+    """Joules since it was made, of one GPU or of the processor packages, whichever computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._first = self._read()
+
+    def joules(self) -> float | None:
+        """None where the device does not report energy, or a counter has wrapped around."""
+        now = self._read()
+        if now is None or self._first is None or now < self._first:
+            return None
+        return now - self._first
+
+    def _read(self) -> float | None:
+        return _gpu_joules(self._device) if self._device.type == "cuda" else _package_joules()
+
+
+def _gpu_joules(device: torch.device) -> float | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        # NVML numbers all GPUs of the machine, torch the visible ones: the UUID names the same one in both.
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(uuid)) / 1000
+    except Exception:  # a missing library, an old driver, a virtual GPU: each raises its own kind
+        return None
+
+
+def _package_joules() -> float | None:
+    files = sorted(RAPL.glob("intel-rapl:?/energy_uj"))
+    try:
+        return sum(int(file.read_text()) for file in files) / 1e6 if files else None
+    except (OSError, ValueError):  # only root may read it on most systems
+        return None

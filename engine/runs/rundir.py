@@ -1,4 +1,4 @@
-"""A run directory: every file of one search, where it lies, and who may write.
+"""A run directory: where each of its files lies, who may write, and how its small files are read. No torch.
 
 config.json            the resolved configuration
 split.json             the search-validation split
@@ -8,28 +8,59 @@ tensorboard/           the same scalars
 spaces/step-N.json     the space after shrink step N
 shrink/step-N.json     the models that step N scored, and R_i of every operation
 evaluations.sqlite     every subnet evaluation
-search/                population and Pareto set of the evolution
+search/                a file per search, its best architecture, the Pareto set
 retrain/               the network trained from scratch
 export/                ONNX
-latency/               measured latencies
+latency/               latency tables, timings, measured latencies
+ranking/               one-shot against stand-alone accuracy
+commands.jsonl         every command that worked on the run
+activity.json          what the command at work does
+logs/                  messages of libraries
+lock                   who works on the run
 """
 
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bsnas.engine.config import RunConfig, from_json, to_json
+from bsnas.engine.config import RunConfig, read_config, to_json
 from bsnas.engine.host.atomic import write_atomically, write_error
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.space import Space
 
 MAX_JSON_BYTES = 256 << 20
 """Largest JSON file that is read: a search of 100,000 architectures has 50 MB."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds the lock of a run."""
+
+    text: str
+    """As the owner wrote it: `process PID on HOST`."""
+    alive: bool
+    """Whether it still holds the lock; True when it is on another machine, which cannot be asked."""
+    elsewhere: bool = False
+
+
+class NetworkDir:
+    """The files of one network's training: a run's retrain/, or a directory of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.request_file = path / "request.json"
+        self.checkpoints = path / "checkpoints"
+        self.metrics_file = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.network_file = path / "network.pt"
+        self.result_file = path / "result.json"
 
 
 class RunDir:
@@ -44,9 +75,36 @@ class RunDir:
         self.tensorboard = self.path / "tensorboard"
         self.evaluations = self.path / "evaluations.sqlite"
         self.search = self.path / "search"
-        self.retrain = self.path / "retrain"
+        self.best_file = self.search / "best.json"
+        self.front_file = self.search / "pareto.json"
+        self.retrain = NetworkDir(self.path / "retrain")
         self.export = self.path / "export"
         self.latency = self.path / "latency"
+        self.latency_file = self.latency / "latency.json"
+        self.timings_file = self.latency / "timings.sqlite"
+        self.ranking = self.path / "ranking"
+        self.ranking_file = self.ranking / "ranking.json"
+        self.commands_file = self.path / "commands.jsonl"
+        self.activity_file = self.path / "activity.json"
+        self.logs = self.path / "logs"
+        self.lock_file = self.path / "lock"
+
+    def space_file(self, step: int) -> Path:
+        return self.path / "spaces" / f"step-{step}.json"
+
+    def shrink_file(self, step: int) -> Path:
+        return self.path / "shrink" / f"step-{step}.json"
+
+    def search_files(self) -> list[Path]:
+        """A file per search."""
+        return [file for file in sorted(self.search.glob("*.json")) if file not in (self.best_file, self.front_file)]
+
+    def latency_table(self, backend: str, batch: int, precision: str) -> Path:
+        """Where the latency table of a context lies."""
+        return self.latency / f"model-{backend}-b{batch}-{precision}.json"
+
+    def latency_tables(self) -> list[Path]:
+        return sorted(self.latency.glob("model-*.json"))
 
     # ---- opening
 
@@ -86,14 +144,15 @@ class RunDir:
             )
         return run
 
+    # ---- who works on it
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other processes from writing here; the lock goes with the process. Raises `UserError` when taken."""
-        file = self.path / "lock"
         try:
-            opened = open(file, "a+")  # noqa: SIM115 - closed below
+            opened = open(self.lock_file, "a+")  # noqa: SIM115 - closed below
         except OSError as error:
-            raise write_error(file, error) from None
+            raise write_error(self.lock_file, error) from None
         with opened as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,16 +168,21 @@ class RunDir:
             handle.flush()
             yield
 
+    def owner(self) -> Owner | None:
+        """Who works on the run: asked of the system's table of locks, never by taking the lock."""
+        try:
+            text, inode = self.lock_file.read_text().strip(), self.lock_file.stat().st_ino
+        except OSError:
+            return None
+        match = re.fullmatch(r"process (\d+) on (\S+)", text)
+        if match is not None and match[2] != socket.gethostname():
+            return Owner(text, alive=True, elsewhere=True)
+        return Owner(text, alive=_is_locked(inode, int(match[1]) if match else None))
+
     # ---- what it holds
 
     def config(self) -> RunConfig:
-        return from_json(RunConfig, read_json(self.config_file), self.config_file)
-
-    def space_file(self, step: int) -> Path:
-        return self.path / "spaces" / f"step-{step}.json"
-
-    def shrink_file(self, step: int) -> Path:
-        return self.path / "shrink" / f"step-{step}.json"
+        return read_config(read_json(self.config_file), self.config_file)
 
     def spaces(self) -> list[Space]:
         """The full space and the spaces after each shrink step made so far."""
@@ -131,6 +195,25 @@ class RunDir:
 def _left_by_a_start(name: str) -> bool:
     """Whether a start of a run that was killed at once leaves such a file."""
     return name == "lock" or (name.startswith(".config.json.") and name.endswith(".tmp"))
+
+
+def _is_locked(inode: int, pid: int | None) -> bool:
+    """Whether /proc/locks lists a lock on the file; where it cannot be read, whether the process lives."""
+    try:
+        rows = Path("/proc/locks").read_text().splitlines()
+        return any(row.split()[5].rsplit(":", 1)[-1] == str(inode) for row in rows if len(row.split()) > 5)
+    except OSError:
+        return pid is not None and _lives(pid)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def json_bytes(data: Any) -> bytes:

@@ -52,6 +52,14 @@ class Operation(NamedTuple):
     def __str__(self) -> str:
         return f"{self.block_op}c{self.channels}"
 
+    @classmethod
+    def parse(cls, text: str) -> "Operation":
+        """The operation that `str` wrote. Raises `UserError` when the text is none."""
+        match = re.fullmatch(r"k(\d+)t(\d+)c(\d+)", text, re.ASCII)
+        if match is None:
+            raise UserError(f"operation {text!r:.40} does not parse; write kKERNELtEXPANSIONcCHANNELS, as k5t3c40")
+        return cls(*map(int, match.groups()))
+
 
 class BlockDims(NamedTuple):
     """The sizes of one inverted residual block."""
@@ -366,7 +374,7 @@ class Space:
         try:
             fields = dict(table)
             clusters = tuple(Cluster(**_with_tuples(cluster)) for cluster in fields.pop("clusters"))
-            live = tuple(tuple(_parse_operation(op) for op in ops) for ops in fields.pop("live"))
+            live = tuple(tuple(Operation.parse(op) for op in ops) for ops in fields.pop("live"))
             return cls(clusters=clusters, live=live, **fields)
         except UserError:
             raise
@@ -376,10 +384,3 @@ class Space:
 
 def _with_tuples(fields: Any) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-
-
-def _parse_operation(text: str) -> Operation:
-    match = re.fullmatch(r"k(\d+)t(\d+)c(\d+)", text, re.ASCII)
-    if match is None:
-        raise UserError(f"operation {text!r:.40} does not parse; write kKERNELtEXPANSIONcCHANNELS, as k5t3c40")
-    return Operation(*map(int, match.groups()))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsnas.engine.host.console import activity_due, note_activity, quiet
+from bsnas.engine.host.console import activity_due, duration, note_activity, quiet
 
 CLOCK_VALUES = ("time", "seconds", "images_per_s", "data_wait_share")
 """What depends on the clock in a line of metrics.jsonl; everything else is the same in an equal run."""
@@ -113,13 +113,6 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         self._tensorboard.close()
-
-
-def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Reporter:

@@ -3,21 +3,15 @@
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bsnas.engine.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    Progress,
-    Written,
-    read_state,
-    take_progress,
-)
+from bsnas.engine.checkpoints.checkpoint import CheckpointWriter, read_state
+from bsnas.engine.checkpoints.manifest import Checkpoint, Manifest, Progress
 from bsnas.engine.checkpoints.tensor_file import load_weights, take
 from bsnas.engine.config import RunConfig, SafetyConfig
 from bsnas.engine.data.dataset import Dataset
@@ -25,10 +19,10 @@ from bsnas.engine.data.loading.evaluation_set import EvaluationSet
 from bsnas.engine.data.loading.loader import TrainLoader
 from bsnas.engine.host.distributed import Process, average_batchnorm, on_main
 from bsnas.engine.host.preemption import Preempted, deferred, saving, signal_name
-from bsnas.engine.runs.rundir import read_json, write_json
+from bsnas.engine.runs.rundir import NetworkDir, read_json, write_json
 from bsnas.engine.training.metrics import Meter, MetricsLog, Reporter
 from bsnas.engine.training.optimization import Optimization, default_precision, learning_rate
-from bsnas.engine.training.resume import check_agreement, device_name, find_checkpoint, load_of_rank, of_ranks
+from bsnas.engine.training.resume import device_name, find_checkpoint, load_of_rank, of_ranks
 from bsnas.engine.training.watch import Watch
 
 
@@ -101,9 +95,9 @@ class StandaloneTrainer:
         self.meter: Meter | None = None
         """Sums of the epoch under way."""
         self.reporter = Reporter(self.epochs, enabled=process.is_main, doing="retraining")
-        on_main(process, lambda: claim(directory, self.request))
-        checkpoints = directory / "checkpoints"
-        found = find_checkpoint(checkpoints, process, data.fingerprint, self.reporter.say)
+        files = NetworkDir(directory)
+        on_main(process, lambda: claim(files, self.request))
+        found = find_checkpoint(files.checkpoints, process, data.fingerprint, self.reporter.say)
         state = read_state(found.file) if found else None
         if found is not None and state is not None:
             load_weights(network, state.get("network"), found.file)
@@ -117,10 +111,10 @@ class StandaloneTrainer:
         self.log: MetricsLog | None = None
         if process.is_main:
             self.log = MetricsLog(
-                directory / "metrics.jsonl", directory / "tensorboard", resume_epoch=self.progress.epoch,
+                files.metrics_file, files.tensorboard, resume_epoch=self.progress.epoch,
                 resume_bytes=take(state, "metrics_bytes", int, found.file) if found and state else 0,
             )  # fmt: skip
-        self.writer = CheckpointWriter(checkpoints, safety.checkpoints)
+        self.writer = CheckpointWriter(files.checkpoints, safety.checkpoints)
         self.watch = Watch(process, safety, self.writer, self.progress)
 
     def train(self) -> None:
@@ -199,36 +193,29 @@ class StandaloneTrainer:
         if self.process.is_main:
             progress = replace(self.progress)
             state = {
-                "request": self.request, "progress": asdict(progress), "network": self.network.state_dict(),
+                "request": self.request, "network": self.network.state_dict(),
                 "optimization": self.optimization.state(), **(inside or {}),
                 "metrics_bytes": self.log.bytes_written() if self.log else 0,
             }  # fmt: skip
-            about = Written(
+            manifest = Manifest(
                 progress=progress, whole_epoch=whole_epoch, kept=whole_epoch and progress.epoch == self.epochs,
                 processes=self.process.world_size, device=device_name(self.process), data=self.data.fingerprint,
             )  # fmt: skip
-            self.writer.save(about, state)
+            self.writer.save(manifest, state)
         self.watch.saved()
 
     def _load(self, state: dict[str, Any], found: Checkpoint) -> None:
-        self.progress = take_progress(state, found.file)
-        check_agreement(found, self.progress, state)
+        self.progress = replace(found.manifest.progress)
         self.optimization.load_state(take(state, "optimization", dict, found.file), found.file)
         if not found.manifest.whole_epoch:
             self.meter = Meter(self.process.device, waited=self.loader.wait_seconds)
             load_of_rank(state, self.process, self.optimization, self.meter, found.file)
 
 
-def claim(directory: Path, request: Mapping[str, Any]) -> None:
+def claim(files: NetworkDir, request: Mapping[str, Any]) -> None:
     """Record what is trained in a directory; the checkpoints of another request go."""
-    file = request_file(directory)
-    if not file.is_file() or read_json(file) != request:
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-        for name in ("network.pt", "result.json", "metrics.jsonl"):
-            (directory / name).unlink(missing_ok=True)
-        write_json(file, dict(request))
-
-
-def request_file(directory: Path) -> Path:
-    """What the training in a directory was asked for."""
-    return directory / "request.json"
+    if not files.request_file.is_file() or read_json(files.request_file) != request:
+        shutil.rmtree(files.checkpoints, ignore_errors=True)
+        for file in (files.network_file, files.result_file, files.metrics_file):
+            file.unlink(missing_ok=True)
+        write_json(files.request_file, dict(request))

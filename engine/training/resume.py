@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from bsnas.engine.checkpoints.checkpoint import Checkpoint, Progress, newest_checkpoint, set_newer_aside
+from bsnas.engine.checkpoints.keep import newest_checkpoint, set_newer_aside
+from bsnas.engine.checkpoints.manifest import Checkpoint
 from bsnas.engine.checkpoints.tensor_file import check_tensor
 from bsnas.engine.host.distributed import Process, gather_to_main, on_main
 from bsnas.engine.host.errors import UserError
@@ -68,12 +69,6 @@ def of_ranks(process: Process, optimization: Optimization, meter: Meter | None) 
         "statistics_of_ranks": gather_to_main(process, optimization.statistics.values),
         "meter_of_ranks": gather_to_main(process, meter.state()),
     }
-
-
-def check_agreement(found: Checkpoint, progress: Progress, state: Mapping[str, Any]) -> None:
-    """Raise `UserError` when a checkpoint and its manifest tell different things."""
-    if progress != found.manifest.progress or found.manifest.whole_epoch == ("statistics_of_ranks" in state):
-        raise UserError(f"{found.file} and its manifest disagree on how far the training was; restore both")
 
 
 def load_of_rank(

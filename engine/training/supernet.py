@@ -3,14 +3,15 @@
 import random
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bsnas.engine.checkpoints.checkpoint import CheckpointWriter, Progress, Written, load_checkpoint
+from bsnas.engine.checkpoints.checkpoint import CheckpointWriter, load_checkpoint
+from bsnas.engine.checkpoints.manifest import Manifest, Progress
 from bsnas.engine.checkpoints.tensor_file import load_weights, take, take_numbers
 from bsnas.engine.config import RunConfig, SafetyConfig
 from bsnas.engine.data.dataset import Dataset
@@ -27,7 +28,7 @@ from bsnas.engine.space.shrink import importance, importance_to_json, shrink
 from bsnas.engine.space.space import Arch, Space
 from bsnas.engine.training.metrics import Meter, MetricsLog, Reporter
 from bsnas.engine.training.optimization import Optimization, default_precision, learning_rate
-from bsnas.engine.training.resume import check_agreement, device_name, find_checkpoint, load_of_rank, of_ranks
+from bsnas.engine.training.resume import device_name, find_checkpoint, load_of_rank, of_ranks
 from bsnas.engine.training.step_scores import score_thirds
 from bsnas.engine.training.watch import Watch
 
@@ -91,8 +92,8 @@ class SupernetTrainer:
             torch.manual_seed(self.config.seed)
             self._wrap(Supernet(self.config.space, self.config.sharing))
             return 0
-        space, self.progress, state = load_checkpoint(found.file, self.config.space)
-        check_agreement(found, self.progress, state)
+        space, state = load_checkpoint(found.file, self.config.space)
+        self.progress = replace(found.manifest.progress)
         schedule = self.config.shrink
         if self.progress.epoch > schedule.total_epochs or self.progress.shrink_steps > len(schedule.keep):
             raise UserError(
@@ -352,16 +353,16 @@ class SupernetTrainer:
         if self.process.is_main:
             progress = replace(self.progress)
             state = {
-                "space": self.space.to_json(), "progress": asdict(progress), "supernet": self.supernet.state_dict(),
+                "space": self.space.to_json(), "supernet": self.supernet.state_dict(),
                 "optimization": self.optimization.state(), **(inside or {}), "probes": dict(self.probes),
                 "last_values": dict(self.last_values), "metrics_bytes": self.log.bytes_written() if self.log else 0,
             }  # fmt: skip
             at_step = progress.epoch in (*self.config.shrink.step_epochs, self.config.shrink.total_epochs)
-            about = Written(
+            manifest = Manifest(
                 progress=progress, whole_epoch=whole_epoch, kept=whole_epoch and at_step,
                 processes=self.process.world_size, device=device_name(self.process), data=self.data.fingerprint,
             )  # fmt: skip
-            self.writer.save(about, state)
+            self.writer.save(manifest, state)
         self.watch.saved()
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bsnas.engine.checkpoints.checkpoint import CheckpointWriter, Progress
+from bsnas.engine.checkpoints.checkpoint import CheckpointWriter
+from bsnas.engine.checkpoints.manifest import Progress
 from bsnas.engine.config import SafetyConfig
 from bsnas.engine.host import preemption
 from bsnas.engine.host.distributed import Process

@@ -67,7 +67,7 @@ class Model:
         elif self.plain:
             write_plain_onnx(self.network, file, input_shape=self.input_shape, precision=precision)
         else:
-            export_onnx(self.network, file, resolution=self.resolution, format=OnnxFormat(precision=precision))
+            export_onnx(self.network, file, OnnxFormat(resolution=self.resolution, precision=precision))
         return file
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from bsnas.engine.host.atomic import write_atomically
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.space import Arch, Space
 from bsnas.search.latency_tables.network_parts import PartTable
 from bsnas.search.latency_tables.store import LatencyContext
@@ -93,25 +94,18 @@ class LatencyPredictor:
         return self._known[arch]
 
 
-def model_file(directory: Path, context: LatencyContext) -> Path:
-    """Where a run keeps the model of a context."""
-    return directory / f"model-{context.backend}-b{context.batch}-{context.precision}.json"
-
-
-def find_model(
-    directory: Path, table: Path | None, wanted: Mapping[str, str | int | None]
-) -> tuple[Path, LatencyModel]:
-    """The model in `table`, or the only one in a run's latency directory that fits.
+def find_model(run: RunDir, table: Path | None, wanted: Mapping[str, str | int | None]) -> tuple[Path, LatencyModel]:
+    """The model in `table`, or the only one of a run that fits.
 
     Args:
-        directory: the run's latency directory.
+        run: where to look.
         table: a file, if the user gave one.
         wanted: `backend`, `batch` and `precision` as far as the user gave them.
 
     Raises `UserError` when there is none, more than one, or `table` is of something else than wanted.
     """
     given = {name: value for name, value in wanted.items() if value is not None}
-    files = [table] if table is not None else sorted(directory.glob("model-*.json"))
+    files = [table] if table is not None else run.latency_tables()
     models = {file: LatencyModel.load(file) for file in files}
     fitting = {file: model for file, model in models.items() if given.items() <= asdict(model.context).items()}
     asked = ", ".join(f"{name} {value}" for name, value in given.items())

@@ -26,7 +26,7 @@ REFRESH_SECONDS = 20
 def write_report(run: RunFacts, file: Path) -> list[Path]:
     """Write the page, and beside it a directory of pictures and tables. Returns all files."""
     sections = run_sections(run)
-    return write_page(f"BS-NAS: {run.path.name}", state(run), sections, file, running=is_running(run))
+    return write_page(f"BS-NAS: {run.directory.path.name}", state(run), sections, file, running=is_running(run))
 
 
 def run_sections(run: RunFacts) -> list[Section]:
@@ -36,7 +36,7 @@ def run_sections(run: RunFacts) -> list[Section]:
     def some(*names: str) -> list[Table]:
         return [by_name[name] for name in names if name in by_name]
 
-    where = escape(str(run.path))
+    where, steps = escape(str(run.directory.path)), run.config.shrink.step_epochs
     sections = [
         Section("result", "Result", extra=facts_html(summary(run), str(run.chosen) if run.chosen else None)),
         Section(
@@ -60,7 +60,7 @@ def run_sections(run: RunFacts) -> list[Section]:
             "operation occurs in the best third of the scored subnets than in the worst third.",
             pictures=list(shrinking_pictures(run)),
             tables=some("shrink-steps", "importance"),
-            missing=f"The first step comes at epoch {run.step_epochs[0]}." if run.step_epochs else "No steps planned.",
+            missing=f"The first step comes at epoch {steps[0]}." if steps else "No steps planned.",
         ),
         Section(
             "accuracy",
@@ -110,14 +110,14 @@ def _list(texts: Sequence[str]) -> str:
 
 
 def is_running(run: RunFacts) -> bool:
-    owner = run.owner()
+    owner = run.directory.owner()
     return owner is not None and owner.alive
 
 
 def state(run: RunFacts) -> str:
     """One line on what the run is at, as HTML."""
-    owner = run.owner()
-    preset = escape(str(run.config.get("preset", "")))
+    owner = run.directory.owner()
+    preset = escape(run.config.preset)
     changed = f"preset {preset}, last change {utc(run.last_change())}"
     if owner is not None and owner.alive:
         activity = run.activity or {}

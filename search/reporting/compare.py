@@ -61,8 +61,8 @@ def write_comparison(runs: Sequence[RunFacts], file: Path) -> list[Path]:
 
 def labels(runs: Sequence[RunFacts]) -> list[str]:
     """Short names of the runs that differ from one another."""
-    names = [run.path.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+    names = [run.directory.path.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.directory.path) for run in runs]
 
 
 def pairs(first: Sequence[tuple[str, Any]], second: Sequence[tuple[str, Any]]) -> list[Pair]:
@@ -93,5 +93,5 @@ def overlaid(runs: Sequence[RunFacts], names: Sequence[str]) -> list[Any]:
             (name, [row for row in run.epochs if curve.key in row]) for name, run in zip(names, runs, strict=True)
         ]
         if all(rows for _, rows in series):
-            pictures.append(draw_curve("both", curve, series, last=max(run.total_epochs for run in runs)))
+            pictures.append(draw_curve("both", curve, series, last=max(run.config.shrink.total_epochs for run in runs)))
     return pictures

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bsnas.engine.config import to_json
+from bsnas.engine.host.console import duration
 from bsnas.engine.runs.facts import Row, RunFacts, quantile
 from bsnas.engine.space.cost import CostModel
 from bsnas.search.reporting.accuracy import ranking_rows
@@ -51,12 +53,12 @@ def summary(run: RunFacts) -> list[tuple[str, str]]:
         rows.append((f"Latency, {row['backend']} {row['precision']}", f"{row['p50_ms']:.3g} ms"))
     rows.append(("Space", f"{first:.2e}" if len(run.spaces) == 1 else f"{first:.2e} → {last:,.4g}"))
     if run.epochs:
-        rows.append(("Epochs", f"{run.epochs[-1]['epoch']} of {run.total_epochs}"))
+        rows.append(("Epochs", f"{run.epochs[-1]['epoch']} of {run.config.shrink.total_epochs}"))
     if run.evaluations["subnets"]:
         rows.append(("Subnets scored", f"{run.evaluations['subnets']:,}"))
     seconds = sum(command.get("seconds", 0) for command in run.commands)
     if seconds:
-        rows.append(("Time", span(seconds)))
+        rows.append(("Time", duration(seconds)))
     return rows
 
 
@@ -123,7 +125,7 @@ def blocks(run: RunFacts) -> Table:
 def shrink_steps(run: RunFacts) -> Table:
     rows = [
         (
-            step.number, run.step_epochs[step.number - 1], len(step.archs), step.keep,
+            step.number, run.config.shrink.step_epochs[step.number - 1], len(step.archs), step.keep,
             sum(map(len, step.before.live)), sum(map(len, step.after.live)) if step.after else None,
             step.before.num_architectures, step.after.num_architectures if step.after else None,
         )
@@ -197,7 +199,7 @@ def versions(run: RunFacts) -> Table:
 
 def configuration(run: RunFacts) -> list[tuple[str, Any]]:
     """Every option of the run by its name on the command line; the space is drawn elsewhere."""
-    return list(_flat({key: value for key, value in run.config.items() if key != "space"}))
+    return list(_flat({key: value for key, value in to_json(run.config).items() if key != "space"}))
 
 
 def _flat(values: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -220,10 +222,3 @@ def show(column: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.6g}" if abs(value) >= 1e-3 or not value else f"{value:.2e}"
     return str(value)
-
-
-def span(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

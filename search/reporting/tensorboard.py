@@ -25,7 +25,7 @@ def write_search_events(run: RunFacts) -> Path | None:
     if not run.searches:
         return None
     search = run.searches[-1]
-    directory = run.path / "tensorboard" / f"search-{search.file.stem}"
+    directory = run.directory.tensorboard / f"search-{search.file.stem}"
     shutil.rmtree(directory, ignore_errors=True)
     with SummaryWriter(str(directory)) as writer:
         _write_generations(writer, search)

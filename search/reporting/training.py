@@ -29,9 +29,10 @@ CURVES = (
 
 def training_pictures(run: RunFacts) -> Iterator[Picture]:
     """Curves of the supernet, shrink steps marked."""
+    shrink = run.config.shrink
     for curve in CURVES:
         if any(curve.key in row for row in run.epochs):
-            yield draw_curve("training", curve, [("", run.epochs)], run.step_epochs, run.total_epochs)
+            yield draw_curve("training", curve, [("", run.epochs)], shrink.step_epochs, shrink.total_epochs)
 
 
 def retraining_pictures(run: RunFacts) -> Iterator[Picture]:

@@ -18,20 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.runs.rundir import read_json, write_json
+from bsnas.engine.runs.rundir import RunDir, read_json, write_json
 from bsnas.engine.space.space import Arch, Space
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, Generation
 from bsnas.search.algorithms.pareto import pareto_set
 from bsnas.search.costs.constraints import Constraints
-
-RESERVED = ("best.json", "pareto.json")
 
 
 @dataclass(frozen=True)
 class History:
     """The stored generations of one search: same request and same scores, same file."""
 
-    directory: Path
+    run: RunDir
     request: dict[str, Any]
     """Limits, settings of the evolution, and objectives and latency table where there are any, as JSON data."""
     scored_by: dict[str, str]
@@ -41,7 +39,7 @@ class History:
     @classmethod
     def of(
         cls,
-        directory: Path,
+        run: RunDir,
         space: Space,
         constraints: Constraints,
         config: EvolutionConfig,
@@ -51,7 +49,7 @@ class History:
         live = hashlib.sha256(json.dumps(space.to_json(), sort_keys=True).encode()).hexdigest()
         limits = {limit.cost: str(limit) for limit in constraints.limits}
         request = {"limits": limits, "evolution": asdict(config), **(more or {})}
-        return cls(directory, request, {**scored_by, "space": live}, space)
+        return cls(run, request, {**scored_by, "space": live}, space)
 
     @property
     def file(self) -> Path:
@@ -60,7 +58,7 @@ class History:
         label = "-".join(
             [*self.request.get("objectives", ()), *limits, f"seed{self.request['evolution']['seed']}", digest[:8]]
         )
-        return self.directory / f"{label}.json"
+        return self.run.search / f"{label}.json"
 
     def load(self) -> list[Generation]:
         """The generations stored so far. Raises `UserError` for a damaged file."""
@@ -73,14 +71,14 @@ class History:
 
     def publish(self, best: Candidate, front: Sequence[Candidate]) -> None:
         """Write best.json and pareto.json."""
-        write_json(self.directory / "best.json", {**_to_json(best), "limits": self.request["limits"]})
-        write_json(self.directory / "pareto.json", [_to_json(candidate) for candidate in front])
+        write_json(self.run.best_file, {**_to_json(best), "limits": self.request["limits"]})
+        write_json(self.run.front_file, [_to_json(candidate) for candidate in front])
 
     def comparable(self) -> list[Candidate]:
-        """All candidates of the other searches in the directory whose scores come from the same weights and images."""
+        """All candidates of the run's other searches whose scores come from the same weights and images."""
         found: list[Candidate] = []
-        for file in sorted(self.directory.glob("*.json")):
-            if file.name in RESERVED or file == self.file:
+        for file in self.run.search_files():
+            if file == self.file:
                 continue
             state = read_json(file)
             if isinstance(state, dict) and state.get("scored_by") == self.scored_by:

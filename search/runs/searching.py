@@ -46,7 +46,7 @@ def search(
         **({} if confidence is None else {"confidence": str(confidence)}),
     }
     costs = cost_names(objectives)
-    history = History.of(trained.run.search, space, constraints, config, scored_by, _more(objectives, table))
+    history = History.of(trained.run, space, constraints, config, scored_by, _more(objectives, table))
     generations = on_main(process, history.load)
     others = [_told_by(constraints, candidate) for candidate in on_main(process, history.comparable)]
     known = {candidate.arch for generation in (*generations, others) for candidate in generation}

@@ -14,7 +14,7 @@ import pytest
 from deepspeed.launcher import runner
 from PIL import Image
 
-import bsnas.engine.host.cli
+import bsnas.engine.host.script
 from tests.docs.fenced import ROOT, Command, blocks, commands_to, script_and_options
 
 SMALLER = {
@@ -99,7 +99,7 @@ def test_a_command_is_understood_by_its_script(command: Command, monkeypatch: py
             assert runner.fetch_hostfile(understood.hostfile)
     module = importlib.import_module("bsnas." + script.removesuffix(".py").replace("/", "."))
     parse_args = argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(bsnas.engine.host.cli, "use_options", stop)
+    monkeypatch.setattr(bsnas.engine.host.script, "use_options", stop)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser: stop(parse_args(parser)))
     monkeypatch.setattr(sys, "argv", [script, *options])
     with pytest.raises(Parsed):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bsnas.engine.config import OptimizerConfig, RunConfig, SamplingConfig, ShrinkConfig, from_json, to_json
-from bsnas.engine.host.cli import option, parse, write_figures
-from bsnas.engine.host.errors import EXIT_USER_ERROR, UserError, run
+from bsnas.engine.host.errors import EXIT_USER_ERROR, UserError
+from bsnas.engine.host.script import option, parse, run, write_figures
 from bsnas.engine.presets import PRESETS, preset
 
 FILE = Path("config.json")

@@ -21,23 +21,16 @@ from bsnas.benchmarks.parts.faults.mutated_files import (
     try_mutations,
     wrong_answer,
 )
-from bsnas.engine.checkpoints.checkpoint import (
-    CheckpointWriter,
-    Progress,
-    Written,
-    manifest_file,
-    newest_checkpoint,
-    read_manifest,
-    set_newer_aside,
-    write_checkpoint,
-)
+from bsnas.engine.checkpoints.checkpoint import CheckpointWriter, write_checkpoint
+from bsnas.engine.checkpoints.keep import newest_checkpoint, set_newer_aside
+from bsnas.engine.checkpoints.manifest import Manifest, Progress, manifest_file, read_manifest
 from bsnas.engine.checkpoints.tensor_file import read_tensors, take, take_numbers, write_tensors
 from bsnas.engine.config import RunConfig, from_json, to_json
 from bsnas.engine.evaluation.store import EvaluationStore, StoreKey, Tally
 from bsnas.engine.host.errors import MachineError, UserError
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.presets import preset
-from bsnas.engine.release.network_file import FORMAT, load_network, save_network
+from bsnas.engine.release.saved_network import FORMAT, load_network, save_network
 from bsnas.engine.retrain import named_arch
 from bsnas.engine.runs.rundir import MAX_JSON_BYTES, read_json, write_json
 from bsnas.engine.space.space import MOST, MOST_OPERATIONS, Cluster, Space
@@ -62,8 +55,8 @@ def damage(file: Path, kind: str) -> None:
 def checkpoints(directory: Path, count: int = 3) -> list[Path]:
     files = []
     for epoch in range(1, count + 1):
-        about = Written(progress=Progress(epoch=epoch, passes=10 * epoch), data="d")
-        files.append(write_checkpoint(directory, about, {"weights": torch.full((500,), float(epoch))}))
+        manifest = Manifest(progress=Progress(epoch=epoch, passes=10 * epoch), data="d")
+        files.append(write_checkpoint(directory, manifest, {"weights": torch.full((500,), float(epoch))}))
     return files
 
 
@@ -111,7 +104,17 @@ def test_a_manifest_is_read_field_by_field(tmp_path: Path) -> None:
     fields = {k: v for k, v in manifest.items() if k != "check"}
     for wrong in ({"bytes": 0}, {"processes": 0}, {"sha256": "no"}):
         with pytest.raises(UserError, match=r"a manifest tells of \d+ bytes, \d processes"):
-            from_json(type(read_manifest(checkpoints(tmp_path, 1)[0])), {**fields, **wrong}, file)
+            from_json(Manifest, {**fields, **wrong}, file)
+    progress = fields["progress"]
+    for told, message in (
+        ({**progress, "rounds": -1}, r"progress rounds is -1; it must be a whole number of at least 0"),
+        ({"epochs": 3}, r"progress.epochs is unknown; allowed are epoch, rounds"),
+        (3, r"progress: Input should be a dictionary"),
+    ):
+        with pytest.raises(UserError, match=message):
+            from_json(Manifest, {**fields, "progress": told}, file)
+    with pytest.raises(UserError, match=r"progress: Field required"):
+        from_json(Manifest, {name: value for name, value in fields.items() if name != "progress"}, file)
 
 
 def test_what_is_newer_than_where_the_training_goes_on_is_set_aside(tmp_path: Path) -> None:
@@ -129,13 +132,13 @@ def test_the_writer_keeps_the_newest_and_those_for_good_and_tells_what_failed(tm
     writer = CheckpointWriter(tmp_path, last=2)
     weights = torch.zeros(8)
     for epoch in range(1, 6):
-        writer.save(Written(progress=Progress(epoch=epoch), kept=epoch == 2), {"weights": weights})
+        writer.save(Manifest(progress=Progress(epoch=epoch), kept=epoch == 2), {"weights": weights})
         weights += 1  # what is written is a copy
     writer.wait()
     assert sorted(file.stem for file in tmp_path.glob("*.pt")) == ["epoch-0002", "epoch-0004", "epoch-0005"]
     assert read_tensors(tmp_path / "epoch-0005.pt")["weights"].tolist() == [4.0] * 8
     monkeypatch.setattr("os.fsync", _full)
-    writer.save(Written(progress=Progress(epoch=6)), {})
+    writer.save(Manifest(progress=Progress(epoch=6)), {})
     with pytest.raises(MachineError, match=r"epoch-0006.pt cannot be written: No space left on device; free space and"):
         writer.wait()
     monkeypatch.undo()

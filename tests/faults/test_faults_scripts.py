@@ -23,7 +23,7 @@ from bsnas.benchmarks.parts.faults.disturbed_runs import (
     wait_until,
 )
 from bsnas.benchmarks.parts.faults.soak_pipeline import poison_rank_1
-from bsnas.engine.checkpoints.checkpoint import newest_checkpoint
+from bsnas.engine.checkpoints.keep import newest_checkpoint
 from bsnas.engine.checkpoints.tensor_file import read_tensors
 from tests.faults.runs import EVOLVE, RETRAIN, SECONDS, start, steps, training
 

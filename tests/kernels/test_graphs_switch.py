@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.host.kernel_choice import force_kernels
+from bsnas.engine.host.script import force_kernels
 from bsnas.kernels import BlockShape, BlockWeights, choose_backend, graphs, inverted_residual
 
 CANNOT = r"CUDA graphs cannot run: they need an NVIDIA GPU and the tensor is on cpu; leave BSNAS_CUDA_GRAPHS unset"

@@ -2,16 +2,19 @@
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bsnas.engine.config import OptimizerConfig, RunConfig, ShrinkConfig, to_json
+from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.runs.facts import Row
+from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import fair_archs, uniform_arch
 from bsnas.engine.space.shrink import importance, importance_to_json, shrink
 from bsnas.engine.space.space import Arch, Cluster, Space
-from bsnas.search.latency_tables.model import LatencyModel, PartCost, model_file
+from bsnas.search.latency_tables.model import LatencyModel, PartCost
 from bsnas.search.latency_tables.network_parts import PartTable
 from bsnas.search.latency_tables.store import LatencyContext
 
@@ -46,11 +49,11 @@ def small_space() -> Space:
 
 def configuration(space: Space, size: Size, **changes: Any) -> Row:
     """What config.json holds, as engine/config.py writes it."""
-    table = space.to_json()
-    table["live"] = [[list(op) for op in ops] for ops in space.live]
-    shrink_config = {"first_epochs": size.first_epochs, "interval_epochs": size.interval_epochs, "keep": [9, 5, 3]}
-    config = {"preset": "made-up", "seed": 0, "optimizer": {"batch_size": 64, "learning_rate": 0.1}, **changes}
-    return {**config, "space": table, "shrink": shrink_config}
+    data = DataConfig(resolution=space.resolution)
+    shrink = ShrinkConfig(first_epochs=size.first_epochs, interval_epochs=size.interval_epochs)
+    optimizer = OptimizerConfig(batch_size=64, learning_rate=0.1)
+    config = RunConfig(preset="made-up", space=space, data=data, shrink=shrink, optimizer=optimizer)
+    return to_json(replace(config, **changes))
 
 
 def quality(arch: Arch, rng: random.Random) -> float:
@@ -65,7 +68,7 @@ def write(file: Path, data: Any) -> None:
 
 
 def finished_run(path: Path, space: Space, size: Size = SMALL, *, seed: int = 0, **changes: Any) -> Path:
-    """A whole run: training, three shrink steps, search, retraining, latency, ranking and journal."""
+    """A whole run: training, three shrink steps, search, retraining, latency, ranking and commands."""
     rng = random.Random(seed)
     write(path / "config.json", configuration(space, size, seed=seed, **changes))
     last = train(path, space, size, rng)
@@ -78,7 +81,7 @@ def finished_run(path: Path, space: Space, size: Size = SMALL, *, seed: int = 0,
         {"arch": best["arch"], "one_shot": 0.6 + i / 100, "stand_alone": 0.7 + (i + i % 3) / 100} for i in range(9)
     ]
     write(path / "ranking/ranking.json", {"kendall_tau": 0.83, "confidence_interval": [0.4, 1.0], "archs": archs})
-    journal(path)
+    commands(path)
     return path
 
 
@@ -173,10 +176,10 @@ def latency(path: Path, space: Space) -> None:
     model = LatencyModel(
         context=context, space=space.fingerprint, correction="none", offset_ms=0.1, parts=costs, errors={"mape": 0.02}
     )
-    model.save(model_file(path / "latency", context))
+    model.save(RunDir(path).latency_table(context.backend, context.batch, context.precision))
 
 
-def journal(path: Path) -> None:
+def commands(path: Path) -> None:
     entries: list[Row] = []
     for script, seconds in (("train", 3600.0), ("evolve", 240.0), ("retrain", 900.0)):
         who = {"script": script, "pid": 1, "host": "elsewhere", "time": "2026-01-01T00:00:00+00:00"}

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from bsnas.engine.checkpoints.checkpoint import Progress, save_checkpoint
+from bsnas.engine.checkpoints.checkpoint import write_checkpoint
+from bsnas.engine.checkpoints.manifest import Manifest, Progress
 from bsnas.engine.config import RunConfig
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.networks.supernet import Supernet
@@ -36,6 +37,6 @@ def untrained_run(path: Path) -> RunDir:
     run = RunDir.create(path, config)
     torch.manual_seed(0)
     supernet = Supernet(space, config.sharing)
-    state = {"supernet": supernet.state_dict()}
-    save_checkpoint(run.checkpoints, space, Progress(epoch=1), state, keep={1})
+    state = {"space": space.to_json(), "supernet": supernet.state_dict()}
+    write_checkpoint(run.checkpoints, Manifest(progress=Progress(epoch=1), kept=True), state)
     return run

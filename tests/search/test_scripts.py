@@ -18,8 +18,8 @@ from bsnas.engine.evaluation.of_run import TrainedRun
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
-from bsnas.engine.release.chosen import choose_network, network_file
-from bsnas.engine.release.network_file import save_network
+from bsnas.engine.release.released import inherited, retrained
+from bsnas.engine.release.saved_network import save_network
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.space import Arch
@@ -165,7 +165,7 @@ def test_there_must_be_a_network_to_export_or_time(trained):
         (ARCH.replace("c8", "c9"), "cluster 1 of architecture .* has 9 channels; allowed are 4, 6, 8"),
     ):
         with pytest.raises(UserError, match=message):
-            choose_network(trained.run, arch, 10)
+            _ = retrained(trained.run) if arch is None else inherited(trained.run, arch)
 
 
 def test_a_run_without_checkpoint_is_refused(tmp_path):
@@ -184,7 +184,7 @@ def in_process(module, monkeypatch, *arguments: str) -> None:
 def retrained_run(path: Path) -> RunDir:
     run = untrained_run(path)
     torch.manual_seed(1)
-    save_network(network_file(run), Subnet(small_space(), Arch.parse(ARCH)).eval())
+    save_network(run.retrain.network_file, Subnet(small_space(), Arch.parse(ARCH)).eval())
     return run
 
 

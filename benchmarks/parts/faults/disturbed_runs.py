@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bsnas.engine.checkpoints.manifest import read_manifest
 from bsnas.engine.checkpoints.tensor_file import read_tensors
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.training.metrics import CLOCK_VALUES
@@ -112,7 +113,7 @@ def _work(script: str, arguments: list[str], log: Path, environment: dict[str, s
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background has it ignored
     if faults.file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (faults.file_bytes, faults.file_bytes))
-    from bsnas.engine.host.errors import run
+    from bsnas.engine.host.script import run
 
     if faults.patch is not None:
         faults.patch()
@@ -155,12 +156,13 @@ def outcome(path: Path, without: str | None = None) -> dict[str, Any]:
     run = RunDir(path)
     result: dict[str, Any] = {}
     for file in sorted(path.glob("checkpoints/*.pt")):
-        if file.stem != without and json.loads(file.with_suffix(".json").read_text())["kept"]:
-            result[f"checkpoints/{file.name}"] = _timeless(read_tensors(file))
+        manifest = read_manifest(file)
+        if file.stem != without and manifest.kept:
+            result[f"checkpoints/{file.name}"] = _timeless(read_tensors(file)) | {"progress": asdict(manifest.progress)}
     for name in ("spaces", "shrink", "search"):
         for file in sorted((path / name).glob("*.json")):
             result[f"{name}/{file.name}"] = json.loads(file.read_text())
-    for metrics in (run.metrics_file, run.retrain / "metrics.jsonl"):
+    for metrics in (run.metrics_file, run.retrain.metrics_file):
         if metrics.exists():
             lines = [json.loads(line) for line in metrics.read_text().splitlines()]
             result[str(metrics.relative_to(path))] = [_timeless(line) for line in lines]
@@ -168,9 +170,9 @@ def outcome(path: Path, without: str | None = None) -> dict[str, Any]:
         with sqlite3.connect(run.evaluations) as database:
             query = "SELECT * FROM evaluations ORDER BY weights, images, mode, arch"
             result["evaluations.sqlite"] = database.execute(query).fetchall()
-    if (run.retrain / "network.pt").exists():
-        result["retrain/network.pt"] = read_tensors(run.retrain / "network.pt")
-        result["retrain/result.json"] = json.loads((run.retrain / "result.json").read_text())
+    if run.retrain.network_file.exists():
+        result["retrain/network.pt"] = read_tensors(run.retrain.network_file)
+        result["retrain/result.json"] = json.loads(run.retrain.result_file.read_text())
     for file in sorted(run.export.glob("*.onnx")):
         result[f"export/{file.name}"] = file.read_bytes()
     return result

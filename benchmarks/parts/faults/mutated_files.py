@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from bsnas.engine.checkpoints.checkpoint import Manifest, read_manifest
+from bsnas.engine.checkpoints.manifest import Manifest, read_manifest
 from bsnas.engine.config import RunConfig, from_json, to_json
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.retrain import named_arch

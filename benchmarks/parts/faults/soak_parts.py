@@ -22,7 +22,9 @@ from bsnas.benchmarks.parts.faults.mutated_files import (
     try_mutations,
 )
 from bsnas.benchmarks.parts.faults.soak_pipeline import LONGEST, Pipelines, Report, poison_rank_1, steps
-from bsnas.engine.checkpoints.checkpoint import Progress, Written, manifest_file, newest_checkpoint, write_checkpoint
+from bsnas.engine.checkpoints.checkpoint import write_checkpoint
+from bsnas.engine.checkpoints.keep import newest_checkpoint
+from bsnas.engine.checkpoints.manifest import Manifest, Progress, manifest_file
 from bsnas.engine.checkpoints.tensor_file import read_tensors
 from bsnas.engine.host.preemption import EXIT_CONTINUE
 from bsnas.engine.presets import preset
@@ -210,7 +212,7 @@ def mutations(pipelines: Pipelines, examples: int) -> Report:
     """Mutated architectures, configurations, spaces and manifests: refused in one line, or read as they are."""
     config, report = preset("digits"), Report()
     with tempfile.TemporaryDirectory(dir=pipelines.directory) as name:
-        about = Written(progress=Progress(epoch=3, passes=60), data="0" * 64)
+        about = Manifest(progress=Progress(epoch=3, passes=60), data="0" * 64)
         manifest = manifest_file(write_checkpoint(Path(name), about, {"weights": torch.zeros(3)}))
         readers = {
             "architecture": arch_reader(config.space, uniform_arch(config.space, pipelines.random)),

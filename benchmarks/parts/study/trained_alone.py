@@ -17,7 +17,7 @@ from bsnas.engine.data.dataset import Dataset
 from bsnas.engine.data.loading.evaluation_set import EvaluationSet, evaluation_set
 from bsnas.engine.host.distributed import Process, entered_by_main, on_main
 from bsnas.engine.networks.subnet import Subnet
-from bsnas.engine.runs.rundir import read_json, write_json
+from bsnas.engine.runs.rundir import NetworkDir, read_json, write_json
 from bsnas.engine.space.space import Arch, Space
 from bsnas.engine.training.network import StandaloneTrainer, measure_accuracy
 
@@ -48,7 +48,7 @@ class TrainedAlone:
     def top1(self, space: Space, arch: Arch) -> float:
         """Test top-1 of the released network of an architecture; an interrupted training continues."""
         directory, request = self.entry(space, arch)
-        result = directory / "result.json"
+        result = NetworkDir(directory).result_file
         known = on_main(self.process, lambda: read_json(result) if result.is_file() else {})
         if known.get("request") == request:
             return float(known["test_top1"])

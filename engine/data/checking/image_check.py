@@ -6,25 +6,23 @@ fails gets a reason instead of a description. Nothing is decoded whose header na
 
 import hashlib
 import io
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import nvidia.dali
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
-from bsnas.engine.data.checking.image_facts import Fault, ImageFacts
+from bsnas.engine.data.checking.outcomes import Fault, ImageFacts, Outcome
 
 BATCH = 64
 BATCH_PIXELS = 64_000_000
 """Most pixels that are decoded at once, unless one image has more."""
-MAX_FILE_BYTES = 512 * 2**20
 MAX_MEGAPIXELS = 100
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000")
 CHANNELS = {"1": 1, "L": 1, "LA": 2, "P": 3, "PA": 4, "RGBA": 4, "RGBX": 4, "CMYK": 4}
@@ -32,6 +30,7 @@ CHANNELS = {"1": 1, "L": 1, "LA": 2, "P": 3, "PA": 4, "RGBA": 4, "RGBX": 4, "CMY
 fn: Any = nvidia.dali.fn
 types: Any = nvidia.dali.types
 Key = TypeVar("Key")
+Checked = tuple[Key, bytes, Outcome]
 
 
 def output_type(channels: int) -> Any:
@@ -44,36 +43,40 @@ class _Described:
     """An image before it is decoded."""
 
     content: bytes
-    header: ImageFacts | Fault
+    header: Outcome
     whole: bool
 
 
-class ImageChecker:
-    """Decodes images in batches; one that fails is told from the others."""
+class ImageChecker(Generic[Key]):
+    """Decodes images in batches; one that fails is told from the others. Use it as a context.
+
+    `add` takes an image and gives those that are done by now, in the order in which they came; `rest` gives the others:
+    each with its key, content and outcome.
+    """
 
     def __init__(self, *, channels: int = 3, threads: int, max_megapixels: int = MAX_MEGAPIXELS) -> None:
         """`channels` is what training asks for."""
         self._channels, self._threads, self._max_pixels = channels, threads, max_megapixels * 1_000_000
+        self._readers = ThreadPoolExecutor(max(2, threads))
+        self._reading: deque[tuple[Key, Future[_Described]]] = deque()
         self._together: Pipeline | None = None
         self._alone: Pipeline | None = None
         self._fed: list[np.ndarray] = []
 
-    def check(
-        self, images: Iterable[tuple[Key, Callable[[], bytes]]]
-    ) -> Iterator[tuple[Key, bytes, ImageFacts | Fault]]:
-        """Each image's key, content and facts, in order. The callables run in threads and may raise OSError."""
-        source = iter(images)
-        with ThreadPoolExecutor(max(2, self._threads)) as pool:
-            ahead = self._read(pool, source)
-            while ahead:
-                batch = [(key, reading.result()) for key, reading in ahead]
-                ahead = self._read(pool, source)  # while the decoder works on the present ones
-                yield from self._decode(batch)
+    def __enter__(self) -> "ImageChecker[Key]":
+        return self
 
-    def _read(
-        self, pool: ThreadPoolExecutor, source: Iterator[tuple[Key, Callable[[], bytes]]]
-    ) -> list[tuple[Key, Future[_Described]]]:
-        return [(key, pool.submit(self._describe, load)) for key, load in islice(source, BATCH)]
+    def __exit__(self, *_: object) -> None:
+        self._readers.shutdown()
+
+    def add(self, key: Key, load: Callable[[], bytes]) -> list[Checked[Key]]:
+        """`load` runs in a thread and may raise OSError."""
+        self._reading.append((key, self._readers.submit(self._describe, load)))
+        # A batch is decoded when the next one is being read.
+        return self._decode_batch() if len(self._reading) == 2 * BATCH else []
+
+    def rest(self) -> list[Checked[Key]]:
+        return [*self._decode_batch(), *self._decode_batch()]
 
     def _describe(self, load: Callable[[], bytes]) -> _Described:
         try:
@@ -83,9 +86,11 @@ class ImageChecker:
         header = read_header(content, self._max_pixels)
         return _Described(content, header, whole=isinstance(header, ImageFacts) and looks_whole(content, header.kind))
 
-    def _decode(self, batch: list[tuple[Key, _Described]]) -> Iterator[tuple[Key, bytes, ImageFacts | Fault]]:
-        """Decode what has a header: whole images together, the others one by one."""
-        outcomes: list[ImageFacts | Fault] = [described.header for _, described in batch]
+    def _decode_batch(self) -> list[Checked[Key]]:
+        """Decode what has a header of the first images being read: whole ones together, the others one by one."""
+        first = [self._reading.popleft() for _ in range(min(BATCH, len(self._reading)))]
+        batch = [(key, reading.result()) for key, reading in first]
+        outcomes: list[Outcome] = [described.header for _, described in batch]
         together = []
         for place, (_, described) in enumerate(batch):
             if isinstance(described.header, ImageFacts):
@@ -101,10 +106,9 @@ class ImageChecker:
             shapes = self._shapes([batch[place][1].content for place, _ in chosen])
             for (place, facts), shape in zip(chosen, shapes, strict=True):
                 outcomes[place] = self._with_shape(facts, shape)
-        for (key, described), outcome in zip(batch, outcomes, strict=True):
-            yield key, described.content, outcome
+        return [(key, described.content, outcome) for (key, described), outcome in zip(batch, outcomes, strict=True)]
 
-    def _with_shape(self, facts: ImageFacts, shape: tuple[int, ...] | None) -> ImageFacts | Fault:
+    def _with_shape(self, facts: ImageFacts, shape: tuple[int, ...] | None) -> Outcome:
         if shape is None:
             return Fault(f"is damaged or cut off ({facts.kind}, {facts.width}x{facts.height}, {facts.size} bytes)")
         if shape[2] != self._channels:
@@ -144,7 +148,7 @@ class ImageChecker:
         return pipeline
 
 
-def read_header(content: bytes, max_pixels: int) -> ImageFacts | Fault:
+def read_header(content: bytes, max_pixels: int) -> Outcome:
     """What the header of an encoded image says; nothing is decoded."""
     if not content:
         return Fault("is empty")
@@ -186,12 +190,3 @@ def looks_whole(content: bytes, kind: str) -> bool:
     except Exception:  # Pillow's readers of damaged images raise all kinds
         return False
     return True
-
-
-def read_file(path: str) -> bytes:
-    """The content of a file. Raises OSError, for one that is too large as well."""
-    with open(path, "rb") as handle:
-        size = os.fstat(handle.fileno()).st_size
-        if size > MAX_FILE_BYTES:
-            raise OSError(f"{size} bytes, more than {MAX_FILE_BYTES}")
-        return handle.read()

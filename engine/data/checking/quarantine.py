@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from bsnas.engine.data.checking.memo import escape, unescape
 from bsnas.engine.host.atomic import write_atomically
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.tsv import escape, unescape
 
 Entry = tuple[str, str]
 """A name and the reason."""

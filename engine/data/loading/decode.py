@@ -15,9 +15,9 @@ import torch
 from nvidia.dali.pipeline import DataNode, Pipeline, pipeline_def
 
 from bsnas.engine.data.checking.image_check import output_type
+from bsnas.engine.data.contents import read_ranges
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.data.file_list import FileList
-from bsnas.engine.data.shard_reader import read_ranges
 from bsnas.engine.host.errors import UserError
 
 MAX_THREADS = 16

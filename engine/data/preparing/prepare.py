@@ -1,12 +1,12 @@
 """What engine/prepare.py does: samples of any source to checked images, their index, split, shards and picture.
 
-Every finished image is noted in a journal, and files appear whole or not at all: a preparation that is killed goes on
+Every finished image is noted in a file, and files appear whole or not at all: a preparation that is killed goes on
 where it was and ends with the same index. index.json is written last and makes the rest valid.
 """
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from bsnas.engine.data.checking.image_check import ImageChecker
-from bsnas.engine.data.checking.image_facts import Fault, ImageFacts
-from bsnas.engine.data.checking.memo import CheckJournal, Outcome
+from bsnas.engine.data.checking.image_check import Checked, ImageChecker
+from bsnas.engine.data.checking.outcomes import Fault, ImageFacts, KnownOutcomes, Outcome
 from bsnas.engine.data.checking.quarantine import Entry, refuse_too_many, write_quarantine
 from bsnas.engine.data.file_list import FileList
 from bsnas.engine.data.index import PARTS, write_index
 from bsnas.engine.data.preparing.formats.sample import EVERYTHING, Problem, Reader, Sample
 from bsnas.engine.data.preparing.shard_writer import write_shards
-from bsnas.engine.data.preparing.stored_images import Resizing, place_of, store
+from bsnas.engine.data.preparing.stored_images import Resizing, stored_name, write_image
 from bsnas.engine.data.split import count_of, default_name, hash_rank, load_or_create_split
 from bsnas.engine.host.atomic import locked
 from bsnas.engine.host.console import Progress
@@ -133,89 +132,77 @@ def prepare(reader: Reader, preparation: Preparation) -> Prepared:
 
 
 def check_samples(reader: Reader, preparation: Preparation) -> Found:
-    """Check, and store where needed, every sample that the journal does not know yet."""
-    found = Found()
-    seen: set[tuple[str, str]] = set()
-    described = _settings(preparation)
-    journal_file = preparation.output / WORK / "checked.tsv"
-    checker = ImageChecker(
-        channels=preparation.channels, threads=preparation.threads, max_megapixels=preparation.max_megapixels
-    )
+    """Check, and store where needed, every sample that is not known yet."""
+    found, described = Found(), _settings(preparation)
+    seen: set[str] = set()
+    storing: deque[tuple[Sample, Future[Outcome]]] = deque()
     with (
-        CheckJournal(journal_file) as journal,
+        KnownOutcomes(preparation.output / WORK / "checked.tsv") as known,
         Progress("preparing images", reader.total_bytes / MB, unit="MB") as progress,
+        ThreadPoolExecutor(max(1, preparation.threads)) as pool,
+        ImageChecker[Sample](
+            channels=preparation.channels, threads=preparation.threads, max_megapixels=preparation.max_megapixels
+        ) as checker,
     ):
 
-        def unknown() -> Iterator[tuple[Sample, Callable[[], bytes]]]:
-            for sample in reader.samples():
-                found.total += 1
-                if isinstance(sample, Problem):
-                    found.set_aside.append((sample.name, sample.reason))
-                    continue
-                if (sample.part, sample.name) in seen:
-                    found.set_aside.append((f"{sample.part}/{sample.name}", "is in the source twice"))
-                    continue
-                seen.add((sample.part, sample.name))
-                outcome = journal.find(f"{sample.part}/{sample.name}", f"{sample.stamp}:{described}")
-                if outcome is None or not _is_there(sample, outcome, preparation):
-                    yield sample, sample.load
-                else:
-                    progress.advance(int(sample.stamp.split(":")[0]) / MB)
-                    _note(found, sample, outcome, preparation)
-
-        for sample, outcome in _stored(checker.check(unknown()), preparation):
-            journal.add(f"{sample.part}/{sample.name}", f"{sample.stamp}:{described}", outcome)
+        def note(sample: Sample, outcome: Outcome) -> None:
             progress.advance(int(sample.stamp.split(":")[0]) / MB)
-            _note(found, sample, outcome, preparation)
+            if isinstance(outcome, Fault):
+                found.set_aside.append((sample.full_name, outcome.reason))
+            else:
+                file = _stored_name(sample, preparation) or os.path.abspath(str(sample.file))
+                found.kept.append(Kept(sample.part, sample.name, file, outcome))
+
+        def store(checked: list[Checked[Sample]], most_waiting: int) -> None:
+            """Store images in threads, and take in those that are done; they stay in order."""
+            for sample, content, outcome in checked:
+                storing.append((sample, pool.submit(_store, sample, content, outcome, preparation)))
+            while len(storing) > most_waiting:
+                sample, stored = storing.popleft()
+                known.add(sample.full_name, f"{sample.stamp}:{described}", stored.result())
+                note(sample, stored.result())
+
+        for sample in reader.samples():
+            found.total += 1
+            if isinstance(sample, Problem):
+                found.set_aside.append((sample.name, sample.reason))
+            elif sample.full_name in seen:
+                found.set_aside.append((sample.full_name, "is in the source twice"))
+            else:
+                seen.add(sample.full_name)
+                outcome = known.find(sample.full_name, f"{sample.stamp}:{described}")
+                if outcome is None or not _is_there(sample, outcome, preparation):
+                    store(checker.add(sample, sample.load), 8 * preparation.threads)
+                else:
+                    note(sample, outcome)
+        store(checker.rest(), 0)
     return found
 
 
-def _stored(
-    checked: Iterator[tuple[Sample, bytes, Outcome]], preparation: Preparation
-) -> Iterator[tuple[Sample, Outcome]]:
-    """Store what must be stored, in threads; results come in order."""
-    pending: deque[tuple[Sample, Future[Outcome]]] = deque()
-    with ThreadPoolExecutor(max(1, preparation.threads)) as pool:
-        for sample, content, outcome in checked:
-            if isinstance(outcome, Fault) or not _is_stored(sample, preparation):
-                done: Future[Outcome] = Future()
-                done.set_result(outcome)
-            else:
-                target = preparation.output / place_of(sample, preparation.resizing)
-                done = pool.submit(
-                    store, content, outcome, target, preparation.resizing, preparation.max_megapixels * 1_000_000
-                )
-            pending.append((sample, done))
-            while len(pending) > 8 * preparation.threads:
-                first, finished = pending.popleft()
-                yield first, finished.result()
-        while pending:
-            first, finished = pending.popleft()
-            yield first, finished.result()
+def _stored_name(sample: Sample, preparation: Preparation) -> str | None:
+    """Where the prepared directory keeps the image itself; None when it stays where it is."""
+    resizing = preparation.resizing
+    return None if sample.file is not None and resizing is None else stored_name(sample, resizing)
 
 
-def _is_stored(sample: Sample, preparation: Preparation) -> bool:
-    """Whether the prepared directory keeps the image itself."""
-    return sample.file is None or preparation.resizing is not None
+def _store(sample: Sample, content: bytes, outcome: Outcome, preparation: Preparation) -> Outcome:
+    """Write the image where the prepared directory keeps it; its facts as written."""
+    name = _stored_name(sample, preparation)
+    if name is None or isinstance(outcome, Fault):
+        return outcome
+    max_pixels = preparation.max_megapixels * 1_000_000
+    return write_image(content, outcome, preparation.output / name, preparation.resizing, max_pixels)
 
 
 def _is_there(sample: Sample, outcome: Outcome, preparation: Preparation) -> bool:
     """Whether a stored image is still in its place."""
-    if isinstance(outcome, Fault) or not _is_stored(sample, preparation):
+    name = _stored_name(sample, preparation)
+    if name is None or isinstance(outcome, Fault):
         return True
     try:
-        return (preparation.output / place_of(sample, preparation.resizing)).stat().st_size == outcome.size
+        return (preparation.output / name).stat().st_size == outcome.size
     except OSError:
         return False
-
-
-def _note(found: Found, sample: Sample, outcome: Outcome, preparation: Preparation) -> None:
-    if isinstance(outcome, Fault):
-        found.set_aside.append((f"{sample.part}/{sample.name}", outcome.reason))
-        return
-    stored = _is_stored(sample, preparation)
-    file = place_of(sample, preparation.resizing) if stored else os.path.abspath(str(sample.file))
-    found.kept.append(Kept(sample.part, sample.name, file, outcome))
 
 
 def _settings(preparation: Preparation) -> str:
@@ -267,16 +254,9 @@ def _without_unknown_classes(kept: list[Kept]) -> tuple[list[Kept], list[Entry]]
 def _file_list(output: Path, images: list[Kept], classes: Sequence[str]) -> FileList:
     label = {name: place for place, name in enumerate(classes)}
     images = sorted(images, key=lambda image: (label[image.class_name], image.name))
-    facts = [image.facts for image in images]
-    return FileList(
-        root=output,
-        names=tuple(image.name for image in images),
-        files=tuple(image.file for image in images),
-        labels=np.array([label[image.class_name] for image in images], np.int64),
-        sizes=np.array([fact.size for fact in facts], np.int64),
-        shapes=np.array([(fact.height, fact.width, fact.channels) for fact in facts], np.int32).reshape(-1, 3),
-        digests=np.array([fact.digest for fact in facts], "S32"),
-    )
+    labels = [label[image.class_name] for image in images]
+    names, stored = [image.name for image in images], [image.file for image in images]
+    return FileList.of(output, names, stored, labels, [image.facts for image in images])
 
 
 OWN = ("images", "shards")

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bsnas.engine.data.checking.image_check import read_file
+from bsnas.engine.data.contents import read_image
 from bsnas.engine.data.file_list import FileList
-from bsnas.engine.data.shard_reader import read_ranges
 from bsnas.engine.data.split import hash_rank
 from bsnas.engine.host.atomic import write_atomically
 from bsnas.engine.host.console import Progress
@@ -108,15 +107,11 @@ def _tar(members: Sequence[list[Member]], files: FileList, group: Sequence[int])
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample, place in zip(members, group, strict=True):
             for name, content in sample:
-                held = _content(files, place) if content is None else content
+                held = read_image(files, place) if content is None else content
                 info = tarfile.TarInfo(name)
                 info.size = len(held)
                 tar.addfile(info, io.BytesIO(held))
     return buffer.getvalue()
-
-
-def _content(files: FileList, place: int) -> bytes:
-    return read_file(files.path(place)) if files.offsets is None else read_ranges(files, [place])[0].tobytes()
 
 
 def _dali_index(members: Sequence[list[Member]], sizes: Sequence[int]) -> bytes:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from bsnas.engine.data.checking.image_check import read_header
-from bsnas.engine.data.checking.image_facts import Fault, ImageFacts
+from bsnas.engine.data.checking.outcomes import Fault, ImageFacts, Outcome
 from bsnas.engine.data.preparing.formats.sample import Sample
 from bsnas.engine.host.atomic import write_atomically
 from bsnas.engine.host.errors import UserError
@@ -41,16 +41,14 @@ class Resizing:
         return f"{self.shorter}q{self.quality}c{self.channels}"
 
 
-def place_of(sample: Sample, resizing: Resizing | None) -> str:
+def stored_name(sample: Sample, resizing: Resizing | None) -> str:
     """Where a kept image lies, relative to the prepared directory."""
     suffix = os.path.splitext(sample.name)[1].lower()
     name = sample.name if resizing is None or suffix in JPEG_SUFFIXES else f"{sample.name}.jpg"
     return f"{IMAGES}/{name}" if sample.part == "all" else f"{IMAGES}/{sample.part}/{name}"
 
 
-def store(
-    content: bytes, facts: ImageFacts, target: Path, resizing: Resizing | None, max_pixels: int
-) -> ImageFacts | Fault:
+def write_image(content: bytes, facts: ImageFacts, target: Path, resizing: Resizing | None, max_pixels: int) -> Outcome:
     """Write an image, resized where asked; its facts as written."""
     if resizing is not None and (facts.kind != "JPEG" or min(facts.height, facts.width) > resizing.shorter):
         try:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bsnas.engine.data.contents import read_ranges
 from bsnas.engine.data.dataset import DataConfig, open_dataset
 from bsnas.engine.data.index import read_index
 from bsnas.engine.data.loading.evaluation_set import evaluation_set
 from bsnas.engine.data.loading.loader import TrainLoader
 from bsnas.engine.data.preparing.prepare import summary
 from bsnas.engine.data.preparing.stored_images import Resizing
-from bsnas.engine.data.shard_reader import read_ranges
 from tests import ROOT
 from tests.engine.data.cases import CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, folder_config, write_image_folder
 from tests.engine.data.source_cases import SYNSETS, WRITERS, images_of, prepare_source, write_imagenet
@@ -263,11 +263,11 @@ def test_a_second_call_checks_nothing_again(folder, tmp_path, monkeypatch):
     assert content_of(tmp_path / "out") == before
 
 
-def test_a_torn_journal_is_read_up_to_the_tear(folder, tmp_path):
+def test_a_torn_file_of_outcomes_is_read_up_to_the_tear(folder, tmp_path):
     run_prepare(folder, tmp_path / "out")
     before = content_of(tmp_path / "out")
-    journal = tmp_path / "out" / ".prepare" / "checked.tsv"
-    journal.write_bytes(journal.read_bytes()[:-200])
+    known = tmp_path / "out" / ".prepare" / "checked.tsv"
+    known.write_bytes(known.read_bytes()[:-200])
     run_prepare(folder, tmp_path / "out")
     assert content_of(tmp_path / "out") == before
 

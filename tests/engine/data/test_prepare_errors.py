@@ -200,11 +200,11 @@ def test_a_shard_that_is_cut_off(shards):
 
 
 def test_a_shard_that_is_gone(shards):
-    from bsnas.engine.data import shard_reader
+    from bsnas.engine.data import contents
 
     files, config, shard = shards
     shard.unlink()
-    shard_reader._opened.cache_clear()
+    contents._opened.cache_clear()
     with pytest.raises(MachineError) as caught:
         read_all(files, config)
     assert str(caught.value) == f"{shard} cannot be read: No such file or directory; bring it back, then continue"
@@ -271,13 +271,13 @@ def test_channels_of_data_and_space_must_agree():
 
 
 def test_names_survive_any_character(tmp_path):
-    """Tabs, newlines, backslashes and bytes that are no UTF-8, through journal and index."""
+    """Tabs, newlines, backslashes and bytes that are no UTF-8, through the file of outcomes and the index."""
     source = write_image_folder(tmp_path / "images")
     plain = source / "train" / "ant" / "00.jpg"
     odd = ["tab\there.jpg", "line\nbreak.jpg", "back\\slash\\n.jpg", os.fsdecode(b"caf\xe9.jpg")]
     for name in odd:
         (source / "train" / "ant" / name).write_bytes(plain.read_bytes())
-    for _ in range(2):  # the second time from the journal
+    for _ in range(2):  # the second time from the file
         config = folder_config(source, tmp_path / "cache")
         names = open_dataset(config).everything.names
         assert {f"ant/{name}" for name in odd} <= set(names)

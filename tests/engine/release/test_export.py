@@ -12,7 +12,7 @@ from torch import nn
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.fold_batchnorm import fold_batchnorm
 from bsnas.engine.networks.subnet import Subnet
-from bsnas.engine.release.network_file import load_network, save_network
+from bsnas.engine.release.int8 import quantize_onnx
 from bsnas.engine.release.onnx import (
     OnnxFormat,
     compare_logits,
@@ -21,6 +21,7 @@ from bsnas.engine.release.onnx import (
     torch_logits,
     typed_logits,
 )
+from bsnas.engine.release.saved_network import load_network, save_network
 from bsnas.engine.space.sampling import uniform_arch
 from tests.search.runs import small_space
 
@@ -57,7 +58,7 @@ def normalised(pixels: np.ndarray) -> torch.Tensor:
 def file(network, tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / "deep" / "network.onnx"
     metadata = {"classes": json.dumps(["zero", "one"]), "arch": str(network.arch)}
-    export_onnx(network, path, resolution=16, format=OnnxFormat(), mean=MEAN, std=STD, metadata=metadata)
+    export_onnx(network, path, OnnxFormat(resolution=16, mean=MEAN, std=STD), metadata)
     return path
 
 
@@ -85,7 +86,7 @@ def test_the_file_holds_plain_folded_operators_and_its_metadata(network, file):
 
 def test_raw_pixels_and_a_fixed_batch(network, pixels, tmp_path):
     file = tmp_path / "raw.onnx"
-    export_onnx(network, file, resolution=16, format=OnnxFormat(input="uint8", batch=4), mean=MEAN, std=STD)
+    export_onnx(network, file, OnnxFormat(resolution=16, mean=MEAN, std=STD, input="uint8", batch=4))
     assert [d.dim_value for d in onnx.load(file).graph.input[0].type.tensor_type.shape.dim] == [4, 16, 16, 3]
     parity = compare_logits(onnx_logits(file, pixels), torch_logits(network, normalised(pixels)))
     assert parity == (13, pytest.approx(0, abs=1e-4), 1.0)
@@ -134,16 +135,9 @@ def test_other_files_are_refused_by_name(tmp_path, content, message):
 def test_int8_is_in_the_file_and_answers_like_torch(network, pixels, tmp_path, kind, batch):
     file = tmp_path / "int8.onnx"
     images = pixels if kind == "uint8" else normalised(pixels).numpy()
-    export_onnx(
-        network,
-        file,
-        resolution=16,
-        format=OnnxFormat(precision="int8", input=kind, batch=batch),
-        mean=MEAN,
-        std=STD,
-        metadata={"classes": "[]"},
-        calibration=images,
-    )
+    format = OnnxFormat(resolution=16, mean=MEAN, std=STD, input=kind, batch=batch)
+    export_onnx(network, tmp_path / "fp32.onnx", format, {"classes": "[]"})
+    quantize_onnx(tmp_path / "fp32.onnx", file, images)
     model = onnx.load(file)
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in model.graph.node}
     weights = [w for w in model.graph.initializer if len(w.dims) == 4]
@@ -155,9 +149,9 @@ def test_int8_is_in_the_file_and_answers_like_torch(network, pixels, tmp_path, k
     assert compare_logits(logits, expected).top1_agreement > 0.7
 
 
-def test_int8_needs_images(network, tmp_path):
+def test_int8_needs_images(file, tmp_path):
     with pytest.raises(UserError, match="INT8 needs images to calibrate on"):
-        export_onnx(network, tmp_path / "x.onnx", resolution=16, format=OnnxFormat(precision="int8"))
+        quantize_onnx(file, tmp_path / "x.onnx", np.empty((0, 3, 16, 16), np.float32))
     assert not (tmp_path / "x.onnx").exists()
 
 

@@ -91,6 +91,18 @@ def test_a_damaged_configuration(tmp_path):
         run.config()
 
 
+def test_a_configuration_of_before_spells_operations_as_numbers(tmp_path):
+    run = RunDir.create(tmp_path, CONFIG)
+    data = read_json(run.config_file)
+    data["space"]["live"] = [[list(op) for op in ops] for ops in CONFIG.space.live]
+    write_json(run.config_file, data)
+    assert run.config() == CONFIG
+    data["space"]["live"][0][0] = [3, True, 8]
+    write_json(run.config_file, data)
+    with pytest.raises(UserError, match=r"config.json: space: .* operation 'k3tTruec8' does not parse"):
+        run.config()
+
+
 # ---- the lock
 
 

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from bsnas.engine.config import OptimizerConfig
-from bsnas.engine.host.cli import load_deepspeed_overrides
 from bsnas.engine.host.distributed import Process, average_batchnorm, on_main
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import load_deepspeed_overrides
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.space.sampling import fair_round
 from bsnas.engine.space.space import Arch

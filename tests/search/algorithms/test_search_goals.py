@@ -17,7 +17,7 @@ from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.presets import imagenet_space
-from bsnas.engine.runs.rundir import read_json
+from bsnas.engine.runs.rundir import RunDir, read_json
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, evolve
@@ -238,9 +238,9 @@ def test_budgets_share_evaluations_and_unreachable_limits_need_no_torch(run):
 
 
 def test_spaces_are_read_without_the_run(run, tmp_path):
-    refuse_unreachable(tmp_path, [(Limit("macs", high=1),)], None)
+    refuse_unreachable(RunDir(tmp_path), [(Limit("macs", high=1),)], None)
     with pytest.raises(UserError, match="no architecture has macs <= 1"):
-        refuse_unreachable(run.path, [(Limit("macs", high=1),)], None)
+        refuse_unreachable(run, [(Limit("macs", high=1),)], None)
 
 
 @pytest.mark.parametrize(

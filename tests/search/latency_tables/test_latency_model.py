@@ -17,13 +17,14 @@ import bsnas.search.latency
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.release.onnx import OnnxFormat, compare_logits, export_onnx, onnx_logits, torch_logits
+from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.search.backends.plain_onnx import write_plain_onnx
 from bsnas.search.costs.chain import ChainCost
 from bsnas.search.latency import LatencyTableArguments, measure_table
 from bsnas.search.latency_tables.bench import LatencyBench, base_ms
 from bsnas.search.latency_tables.fit import FORMS, best_fit, errors_of, kendall_tau
-from bsnas.search.latency_tables.model import LatencyModel, PartCost, find_model, model_file, refuse_other_device
+from bsnas.search.latency_tables.model import LatencyModel, PartCost, find_model, refuse_other_device
 from bsnas.search.latency_tables.network_parts import PartTable
 from bsnas.search.latency_tables.part_stacks import stack, unit_scale
 from bsnas.search.latency_tables.store import LatencyContext, Timing, TimingStore
@@ -39,7 +40,7 @@ def test_plain_files_hold_the_operators_that_the_exporter_writes_and_answer_like
     space = small_space()
     network = unit_scale(Subnet(space, uniform_arch(space, random.Random(3))))
     write_plain_onnx(network, tmp_path / "plain.onnx", input_shape=(3, 16, 16))
-    export_onnx(network, tmp_path / "exported.onnx", resolution=16, format=OnnxFormat())
+    export_onnx(network, tmp_path / "exported.onnx", OnnxFormat(resolution=16))
     plain, exported = (
         Counter("Reshape" if node.op_type == "Flatten" else node.op_type for node in onnx.load(file).graph.node)
         for file in (tmp_path / "plain.onnx", tmp_path / "exported.onnx")
@@ -235,24 +236,25 @@ def test_tables_of_something_else_are_refused(tmp_path):
 
 
 def test_the_table_is_found_in_the_run_or_asked_for(tmp_path):
-    space = small_space()
+    space, run = small_space(), RunDir(tmp_path)
     with pytest.raises(UserError, match="the run has no latency table; measure one with"):
-        find_model(tmp_path, None, {"batch": None})
+        find_model(run, None, {"batch": None})
     first = model(space)
-    first.save(model_file(tmp_path, first.context))
-    assert find_model(tmp_path, None, {"batch": 1})[1] == first
+    table = run.latency_table("torch-cpu", 1, "fp32")
+    first.save(table)
+    assert find_model(run, None, {"batch": 1})[1] == first
     with pytest.raises(UserError, match="has no latency table of batch 2"):
-        find_model(tmp_path, None, {"batch": 2})
+        find_model(run, None, {"batch": 2})
     asked = {"backend": "torch-cpu", "batch": 8, "precision": "fp16"}
     with pytest.raises(UserError, match=r"is of batch 1, not 8 and of precision fp32, not fp16; give the table"):
-        find_model(tmp_path, model_file(tmp_path, first.context), asked)
+        find_model(run, table, asked)
     second = model(space, context=replace(CONTEXT, batch=8))
-    second.save(model_file(tmp_path, second.context))
+    second.save(run.latency_table("torch-cpu", 8, "fp32"))
     with pytest.raises(
         UserError, match=r"several latency tables \(model-torch-cpu-b1.*choose one with --latency-table"
     ):
-        find_model(tmp_path, None, {})
-    assert find_model(tmp_path, None, {"batch": 8})[1] == second
+        find_model(run, None, {})
+    assert find_model(run, None, {"batch": 8})[1] == second
 
 
 @pytest.mark.parametrize(

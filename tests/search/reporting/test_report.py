@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bsnas.engine.presets import imagenet_space, mobilenet_v2_space
 from bsnas.engine.runs.facts import RunFacts
+from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.sampling import fair_round
 from bsnas.search.latency_tables.model import find_model
 from bsnas.search.report import ReportArguments, write
@@ -128,7 +129,7 @@ def test_tables_hold_the_values_of_the_run(run: Path, report: str) -> None:
 def test_latency_by_block_is_the_tables(run: Path, report: str) -> None:
     facts = RunFacts(run)
     assert facts.chosen is not None
-    _, model = find_model(run / "latency", None, {})
+    _, model = find_model(RunDir(run), None, {})
     parts = rows(run / "report/latency-blocks.csv")
     assert [row["part"] for row in parts] == ["stem", *(f"block {i}" for i in range(1, 6)), "tail"]
     total = model.offset_ms + sum(float(row["ms"]) for row in parts)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from bsnas.engine.data.checking.image_check import MAX_FILE_BYTES
+from bsnas.engine.data.contents import MAX_FILE_BYTES
 from bsnas.engine.host.errors import UserError
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from bsnas.engine.data.checking.image_check import read_file
-from bsnas.engine.data.checking.memo import stamp_of
+from bsnas.engine.data.checking.outcomes import stamp_of
+from bsnas.engine.data.contents import read_file
 from bsnas.engine.data.preparing.formats.sample import (
     EVERYTHING,
     PARTS,

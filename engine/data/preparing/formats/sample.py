@@ -30,8 +30,9 @@ class Sample:
     """Its path when it is a file of its own, None inside an archive."""
 
     @property
-    def class_name(self) -> str:
-        return self.name.split("/", 1)[0]
+    def full_name(self) -> str:
+        """PART/CLASS/NAME."""
+        return f"{self.part}/{self.name}"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from bsnas.engine.data.checking.image_check import MAX_FILE_BYTES
+from bsnas.engine.data.contents import MAX_FILE_BYTES
 from bsnas.engine.data.preparing.formats.archives import range_reader, stamp_of_archive
 from bsnas.engine.data.preparing.formats.sample import (
     ClassNames,

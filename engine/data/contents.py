@@ -1,4 +1,7 @@
-"""Images that lie in larger files: ranges of bytes, read side by side, since a network file system answers late."""
+"""Encoded images as they lie on the disk: files of their own, or ranges of larger ones (shards).
+
+Ranges are read side by side, since a network file system answers late.
+"""
 
 import os
 from collections.abc import Sequence
@@ -13,6 +16,21 @@ from bsnas.engine.host.errors import MachineError, UserError
 
 READERS = 16
 OPEN_FILES = 256
+MAX_FILE_BYTES = 512 * 2**20
+
+
+def read_file(path: str) -> bytes:
+    """The content of a file. Raises OSError, for one that is too large as well."""
+    with open(path, "rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size > MAX_FILE_BYTES:
+            raise OSError(f"{size} bytes, more than {MAX_FILE_BYTES}")
+        return handle.read()
+
+
+def read_image(files: FileList, index: int) -> bytes:
+    """The content of one image of a list."""
+    return read_file(files.path(index)) if files.offsets is None else read_ranges(files, [index])[0].tobytes()
 
 
 def read_ranges(files: FileList, places: Sequence[int]) -> list[npt.NDArray[np.uint8]]:

@@ -1,24 +1,49 @@
-"""What is known about images that were checked: lines that are appended as work goes on, and survive its end.
+"""What a check finds out about an image; and a file of what is known, whose lines survive the end of the work.
 
 A process that is killed leaves at most one torn line, which is not read. A line holds for a file as long as its stamp
 (size and modification time) does.
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from bsnas.engine.data.checking.image_facts import Fault, ImageFacts
 from bsnas.engine.host.atomic import write_error
+from bsnas.engine.host.tsv import escape, unescape
 
 FLUSH_EVERY = 256
 """Lines between two flushes: what a killed process may have to do again."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFacts:
+    """A decodable image."""
+
+    size: int
+    """Bytes."""
+    height: int
+    width: int
+    channels: int
+    """Of the file, before it is converted to what training asks for."""
+    kind: str
+    """Name of its format, as `JPEG`, whatever its suffix says."""
+    digest: str
+    """First 16 bytes of its SHA-256 in hexadecimal digits."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an image cannot be used, so that `NAME REASON` reads as a sentence."""
+
+    reason: str
+
+
 Outcome = ImageFacts | Fault
 
 
-class CheckJournal:
+class KnownOutcomes:
     """A file of outcomes by (name, stamp). Use it as a context; one process at a time."""
 
     def __init__(self, file: Path) -> None:
@@ -57,7 +82,7 @@ class CheckJournal:
                 if parsed is not None:
                     self._known[parsed[0]] = parsed[1:]
 
-    def __enter__(self) -> "CheckJournal":
+    def __enter__(self) -> "KnownOutcomes":
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             torn = self.file.is_file() and self.file.stat().st_size and not _ends_a_line(self.file)
@@ -74,19 +99,6 @@ class CheckJournal:
         if self._handle is not None:
             self._handle.close()
             self._handle = None
-
-
-def escape(text: str) -> str:
-    """A name or reason as a field of a line."""
-    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
-
-
-def unescape(field: str) -> str:
-    """What `escape` was given."""
-    if "\\" not in field:
-        return field
-    parts = field.split("\\\\")
-    return "\\".join(part.replace("\\t", "\t").replace("\\n", "\n").replace("\\r", "\r") for part in parts)
 
 
 def stamp_of(size: int, mtime: int) -> str:

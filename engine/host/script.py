@@ -1,19 +1,25 @@
-"""Command lines from dataclasses, and what every script shares."""
+"""What every script shares: a command line from a dataclass, its figures, and how it ends. Torch is loaded late."""
 
 import io
 import json
+import os
 import re
+import sqlite3
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
 from bsnas.engine.host.console import ConsoleOptions, use_options
-from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.errors import EXIT_MACHINE_ERROR, MachineError, UserError, machine_failure
+from bsnas.engine.host.preemption import Preempted, handle_signals, started
+
+if TYPE_CHECKING:
+    import torch
 
 Arguments = TypeVar("Arguments")
 
@@ -89,3 +95,54 @@ def write_figures(file: Path | None, figures: dict[str, Any]) -> None:
         file.write_text(json.dumps(figures, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"figures cannot be written to {file}: {error.strerror}; choose another --json") from None
+
+
+def force_kernels(name: str | None, device: "torch.device") -> None:
+    """Force the kernels' backend in this process; None leaves BSNAS_KERNELS or the device's fastest.
+
+    Raises `UserError` when it is unknown or cannot run on the device.
+    """
+    import torch
+
+    from bsnas.kernels import choose_backend, set_backend
+
+    try:
+        set_backend(name)
+        choose_backend(torch.empty(1, device=device))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from None
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; what ends it becomes one line on stderr and an exit code.
+
+    2: the user can mend it. 3: the machine failed. 75: told to stop, to be continued. Everything else is a bug.
+    """
+    handle_signals()
+    try:
+        started()
+        main()
+    except Preempted as stop:
+        _leave(stop.message, stop.code, told=_rank() != 0)
+    except UserError as error:
+        # All ranks meet bad input alike and one says it; a machine fails for one rank alone.
+        told = error.told or (_rank() != 0 and not isinstance(error, MachineError))
+        _leave(f"error: {error}", error.exit_code, told=told)
+    except BrokenPipeError:  # whoever reads our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_MACHINE_ERROR) from None
+    except (OSError, RuntimeError, MemoryError, sqlite3.Error) as error:
+        failure = machine_failure(error)
+        if failure is None:
+            raise
+        _leave(f"error: {failure}", failure.exit_code, told=False)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _leave(line: str, code: object, *, told: bool) -> None:
+    if not told:
+        print(line, file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
