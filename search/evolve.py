@@ -11,13 +11,12 @@ limits every evaluation that the run directory knows is taken from there, and wh
 limits counts too. Latencies come from a table of search/latency.py; the last few networks are timed beside it.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 if find_spec("bsnas") is None:
     print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
@@ -31,11 +30,9 @@ if __name__ == "__main__":
 from bsnas.engine.host.cli import parse, write_figures
 from bsnas.engine.host.errors import UserError, run
 from bsnas.engine.runs.facts import RunFacts
-from bsnas.engine.space.space import Operation, Space
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.algorithms.sampler import Sampler
-from bsnas.search.costs.constraints import Limit, format_count, parse_count
-from bsnas.search.costs.costs import OBJECTIVES, constraints_for
+from bsnas.search.algorithms.problem import OBJECTIVES, Limit, Problem, parse_count
+from bsnas.search.algorithms.sampler import check_limits
 from bsnas.search.latency_tables.model import LatencyModel, find_model
 
 MOST_FINALISTS = 12
@@ -162,7 +159,8 @@ def main() -> None:
     from bsnas.engine.runs.commands import recorded
     from bsnas.search.reporting.tensorboard import write_search_events
     from bsnas.search.runs.finalists import LatencyTable
-    from bsnas.search.runs.searching import search
+    from bsnas.search.runs.of_run import search_run
+    from bsnas.search.runs.printing import print_budgets
 
     process = start_process(arguments.timeout_minutes)
     force_kernels(arguments.kernels, process.device)
@@ -171,7 +169,7 @@ def main() -> None:
     table = LatencyTable.of(*found, space, foreign=arguments.foreign_table) if found else None
     with entered_by_main(process, trained.run.lock()), recorded(trained.run, "evolve", device=process.device):
         results = [
-            search(
+            search_run(
                 trained,
                 limits,
                 config,
@@ -198,22 +196,11 @@ def refuse_unreachable(run_dir: Path, requested: Sequence[tuple[Limit, ...]], mo
     A run that cannot be read is left to those who say what is wrong with it.
     """
     try:
-        table = json.loads((run_dir / "config.json").read_text())["space"]
-        table["live"] = [[str(Operation(*op)) for op in ops] for ops in table["live"]]
-        files = (run_dir / "spaces").glob("step-*.json")
-        steps = sorted(files, key=lambda file: int(file.stem.removeprefix("step-")))
-        space = Space.from_json(json.loads(steps[-1].read_text()) if steps else table)
-    except (OSError, ValueError, KeyError, TypeError):
+        space = RunFacts(run_dir).spaces[-1]
+    except (UserError, ValueError, KeyError, TypeError):
         return
     for limits in requested:
-        Sampler(space, constraints_for(space, limits, model.predictor(space) if model else None))
-
-
-def print_budgets(budgets: Sequence[str], results: Sequence[dict[str, Any]]) -> None:
-    print(f"\n{'budget':>10} {'top-1':>8} {'MACs':>10} {'new':>6}  best architecture of each budget")
-    for budget, result in zip(budgets, results, strict=True):
-        best, new = result["best"], result["evaluations"] - result["reused"]
-        print(f"{budget:>10} {best['top1']:8.4f} {format_count(best['macs']):>10} {new:>6}  {best['arch']}")
+        check_limits(Problem.of(space, limits, latency=model.cost(space) if model else None))
 
 
 if __name__ == "__main__":

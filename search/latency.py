@@ -228,7 +228,7 @@ def held_out_rows(
     model: LatencyModel, space: Space, timings: Mapping[str, Timing], held_out: Sequence[Arch]
 ) -> list[dict[str, Any]]:
     """What the errors were computed from: predicted and measured latency of every held-out network, in ms."""
-    predict, macs, base = model.predictor(space), CostModel(space).macs, model.about["reference_ms"]
+    predict, macs, base = model.cost(space), CostModel(space).macs, model.about["reference_ms"]
     return [
         {
             "arch": str(arch),
