@@ -44,7 +44,7 @@ from bsnas.search.backends import BACKENDS, CannotRun
 from bsnas.search.latency_tables.bench import LatencyBench, base_ms
 from bsnas.search.latency_tables.fit import best_fit, errors_of, kendall_tau, part_counts
 from bsnas.search.latency_tables.model import LatencyModel, PartCost, model_file
-from bsnas.search.latency_tables.store import Timing, TimingStore
+from bsnas.search.latency_tables.timings import Timing, TimingStore
 
 _DRAWS = 50
 """Random draws for each wanted architecture before a space counts as having too few."""

@@ -17,7 +17,7 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.cost import Cost
 from bsnas.engine.space.space import Space
 from bsnas.search.latency_tables.network_parts import Part, PartTable
-from bsnas.search.latency_tables.store import LatencyContext
+from bsnas.search.latency_tables.timings import LatencyContext
 
 
 @dataclass(frozen=True, kw_only=True)

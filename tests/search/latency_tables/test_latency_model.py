@@ -25,7 +25,7 @@ from bsnas.search.latency_tables.fit import FORMS, best_fit, errors_of, kendall_
 from bsnas.search.latency_tables.model import LatencyModel, PartCost, find_model, model_file, refuse_other_device
 from bsnas.search.latency_tables.network_parts import PartTable
 from bsnas.search.latency_tables.part_stacks import stack, unit_scale
-from bsnas.search.latency_tables.store import LatencyContext, Timing, TimingStore
+from bsnas.search.latency_tables.timings import LatencyContext, Timing, TimingStore
 from tests.search.runs import small_space, untrained_run
 from tests.search.spaces import all_archs, random_space
 
