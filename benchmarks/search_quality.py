@@ -37,14 +37,15 @@ from bsnas.engine.evaluation.of_run import TrainedRun
 from bsnas.engine.host.distributed import start_process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
+from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.space import Space
-from bsnas.search.algorithms.evolution import Candidate, Evaluate, EvolutionConfig, evolve, ranked
-from bsnas.search.algorithms.nsga2 import evolve_front, hypervolume, pareto_front
+from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, ranked
+from bsnas.search.algorithms.nsga2 import hypervolume, pareto_front
+from bsnas.search.algorithms.problem import Limit, Problem
 from bsnas.search.algorithms.sampler import Sampler
-from bsnas.search.costs.constraints import Limit
-from bsnas.search.costs.costs import constraints_for, cost_ranges
 from bsnas.search.latency_tables.model import find_model
 from bsnas.search.runs.finalists import NOISE, LatencyTable, measured_ms
+from bsnas.search.runs.search import Evaluate, generations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def equal_latencies(
 
     `searches` says how many share the evaluations of one.
     """
-    low, high = cost_ranges(space, constraints_for(space, (), table.predict), ("latency_ms",))["latency_ms"]
+    low, high = table.cost.range()
     rows = []
     for share, seed in product(arguments.limits, range(arguments.seeds)):
         limit = Limit("latency_ms", high=low + share * (high - low))
@@ -194,8 +195,8 @@ _NONE = "nothing is fast enough"
 
 def macs_of(space: Space, table: LatencyTable, limit: Limit, count: int) -> list[float]:
     """MACs limits evenly spaced over random networks that take 90 to 100 % of a latency limit."""
-    near = constraints_for(space, (replace(limit, low=0.9 * limit.high),), table.predict)
-    sampler, rng = Sampler(space, near), random.Random(0)
+    near = Problem.of(space, (replace(limit, low=0.9 * limit.high),), latency=table.cost)
+    sampler, rng = Sampler(near), random.Random(0)
     macs = [near.costs["macs"](sampler.draw(rng)) for _ in range(200)]
     return [float(value) for value in np.linspace(min(macs), max(macs), count)]
 
@@ -204,14 +205,15 @@ def best_found(
     space: Space, evaluate: Evaluate, table: LatencyTable, limit: Limit, config: EvolutionConfig
 ) -> list[Candidate]:
     """All candidates of a search under one limit, the best first."""
-    return ranked(list(evolve(space, constraints_for(space, (limit,), table.predict), evaluate, config)))
+    problem = Problem.of(space, (limit,), latency=table.cost)
+    return ranked(candidate for generation in generations(problem, config, evaluate) for candidate in generation)
 
 
 def _fastest_enough(
     space: Space, table: LatencyTable, found: Sequence[Candidate], limit: float, most: int
 ) -> dict[str, Any] | None:
     """The best of the candidates whose timed latency keeps the limit. Those predicted beyond it are not timed."""
-    near = ranked([[c for c in found if c.costs["latency_ms"] <= limit * (1 + 2 * NOISE)]])
+    near = ranked(c for c in found if c.costs["latency_ms"] <= limit * (1 + 2 * NOISE))
     for start in range(0, len(near), most):
         finalists = near[start : start + most]
         for candidate, ms in zip(finalists, measured_ms(table, space, [c.arch for c in finalists]), strict=True):
@@ -224,25 +226,22 @@ def _fastest_enough(
 
 def macs_budgets(space: Space, count: int) -> list[float]:
     """Limits evenly spaced over the range of the space; the last one limits nothing."""
-    low, high = cost_ranges(space, constraints_for(space, ()), ("macs",))["macs"]
+    low, high = CostModel(space).macs.range()
     return [float(value) for value in np.linspace(low, high, count + 1)[1:]]
 
 
 def hypervolumes(space: Space, evaluate: Evaluate, arguments: QualityArguments) -> dict[str, Any]:
     """Hypervolume of both ways for every seed, and how many architectures each evaluated."""
-    costs = ("macs",)
-    ranges = cost_ranges(space, constraints_for(space, ()), costs)
+    front = Problem.of(space, objectives=("top1", "macs"))
+    costs, ranges = front.minimised, {"macs": front.costs["macs"].range()}
     rows = []
     for seed in range(arguments.seeds):
-        whole = evolve_front(space, constraints_for(space, ()), evaluate, arguments.config(seed), costs)
+        whole = generations(front, arguments.config(seed), evaluate)
         parts = [
             candidate
             for budget in macs_budgets(space, arguments.budgets)
-            for generation in evolve(
-                space,
-                constraints_for(space, (Limit("macs", high=budget),)),
-                evaluate,
-                arguments.config(seed, arguments.budgets),
+            for generation in generations(
+                Problem.of(space, (Limit("macs", high=budget),)), arguments.config(seed, arguments.budgets), evaluate
             )
             for candidate in generation
         ]

@@ -48,7 +48,7 @@ from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.engine.training.supernet import SupernetTrainer
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.costs.constraints import Limit, parse_count
+from bsnas.search.algorithms.problem import Limit, parse_count
 
 NAMES = (*(cell.name for cell in CELLS), *BASELINES)
 

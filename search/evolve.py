@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 if find_spec("bsnas") is None:
     print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
@@ -32,9 +32,8 @@ from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.algorithms.sampler import Sampler
-from bsnas.search.costs.constraints import Limit, format_count, parse_count
-from bsnas.search.costs.costs import OBJECTIVES, constraints_for
+from bsnas.search.algorithms.problem import OBJECTIVES, Limit, Problem, parse_count
+from bsnas.search.algorithms.sampler import check_limits
 from bsnas.search.latency_tables.model import LatencyModel, find_model
 
 MOST_FINALISTS = 12
@@ -161,7 +160,8 @@ def main() -> None:
     from bsnas.engine.runs.commands import recorded
     from bsnas.search.reporting.tensorboard import write_search_events
     from bsnas.search.runs.finalists import LatencyTable
-    from bsnas.search.runs.searching import search
+    from bsnas.search.runs.of_run import search_run
+    from bsnas.search.runs.printing import print_budgets
 
     process = start_process(arguments.timeout_minutes)
     force_kernels(arguments.kernels, process.device)
@@ -170,7 +170,7 @@ def main() -> None:
     table = LatencyTable.of(*found, space, foreign=arguments.foreign_table) if found else None
     with entered_by_main(process, trained.run.lock()), recorded(trained.run, "evolve", device=process.device):
         results = [
-            search(
+            search_run(
                 trained,
                 limits,
                 config,
@@ -201,14 +201,7 @@ def refuse_unreachable(run_dir: RunDir, requested: Sequence[tuple[Limit, ...]], 
     except UserError:
         return
     for limits in requested:
-        Sampler(space, constraints_for(space, limits, model.predictor(space) if model else None))
-
-
-def print_budgets(budgets: Sequence[str], results: Sequence[dict[str, Any]]) -> None:
-    print(f"\n{'budget':>10} {'top-1':>8} {'MACs':>10} {'new':>6}  best architecture of each budget")
-    for budget, result in zip(budgets, results, strict=True):
-        best, new = result["best"], result["evaluations"] - result["reused"]
-        print(f"{budget:>10} {best['top1']:8.4f} {format_count(best['macs']):>10} {new:>6}  {best['arch']}")
+        check_limits(Problem.of(space, limits, latency=model.cost(space) if model else None))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from bsnas.search.backends import BACKENDS, CannotRun
 from bsnas.search.latency_tables.bench import LatencyBench, base_ms
 from bsnas.search.latency_tables.fit import best_fit, errors_of, kendall_tau, part_counts
 from bsnas.search.latency_tables.model import LatencyModel, PartCost
-from bsnas.search.latency_tables.store import Timing, TimingStore
+from bsnas.search.latency_tables.timings import Timing, TimingStore
 
 _DRAWS = 50
 """Random draws for each wanted architecture before a space counts as having too few."""
@@ -229,7 +229,7 @@ def held_out_rows(
     model: LatencyModel, space: Space, timings: Mapping[str, Timing], held_out: Sequence[Arch]
 ) -> list[dict[str, Any]]:
     """What the errors were computed from: predicted and measured latency of every held-out network, in ms."""
-    predict, macs, base = model.predictor(space), CostModel(space).macs, model.about["reference_ms"]
+    predict, macs, base = model.cost(space), CostModel(space).macs, model.about["reference_ms"]
     return [
         {
             "arch": str(arch),

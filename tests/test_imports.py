@@ -21,7 +21,7 @@ ORDER = {
         "host", "space", "networks", "data", "config", "presets", "runs", "checkpoints", "evaluation", "training",
         "release", "prepare", "train", "retrain", "export", "status",
     ),
-    "search": ("costs", "backends", "latency_tables", "algorithms", "runs", "reporting", "latency", "evolve", "report"),
+    "search": ("backends", "latency_tables", "algorithms", "runs", "reporting", "latency", "evolve", "report"),
 }  # fmt: skip
 """The folders and modules of each package, each before what may import it."""
 NO_TORCH = (

@@ -1,43 +1,17 @@
-"""Evolutionary search over one-shot accuracy (paper, section 3.3).
-
-A generation is evaluated in one batch, so that subnets with common beginnings share their computation. Limits are
-checked before evaluation, nothing is evaluated twice, and the last generation is ranked like every other. A generation
-depends only on the settings and the generations before it: a search that continues from stored generations ends
-exactly like one that was never interrupted.
-"""
+"""Evolution over one-shot accuracy (paper, section 3.3): settings, candidates, and how the next generation is bred."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Arch
+from bsnas.search.algorithms.problem import Problem
 from bsnas.search.algorithms.sampler import Sampler
 from bsnas.search.algorithms.variation import crossover, mutate
-from bsnas.search.costs.constraints import Constraints
 
 PATIENCE = 300
 """Proposals in a row that bring nothing new before a part of a generation is left short."""
-
-
-class Score(Protocol):
-    """What an evaluation must tell; the evaluator's scores do."""
-
-    @property
-    def top1(self) -> float: ...
-    @property
-    def top5(self) -> float: ...
-    @property
-    def loss(self) -> float: ...
-    @property
-    def complete(self) -> bool:
-        """Whether it is of all images, not only of as many as showed that others are better."""
-        ...
-
-
-Evaluate = Callable[[list[Arch]], Sequence[Score]]
-"""Scores of architectures, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +66,7 @@ class Candidate:
     top5: float
     loss: float
     complete: bool = True
-    """Whether the accuracy is of all images; if not, others are certainly better (search/algorithms/race.py)."""
+    """Whether the accuracy is of all images; if not, others are certainly better (search/runs/of_run.py)."""
 
     def rank_key(self) -> tuple[bool, float, float, float]:
         """Sorts the best first: complete scores, then accuracy, then loss, then MACs."""
@@ -102,71 +76,21 @@ class Candidate:
 Generation = list[Candidate]
 
 
-def evolve(
-    space: Space,
-    constraints: Constraints,
-    evaluate: Evaluate,
-    config: EvolutionConfig,
-    done: Sequence[Generation] = (),
-) -> Iterator[Generation]:
-    """Yield every generation after its evaluation, from the first that `done` does not hold.
+def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The best first."""
+    return sorted(candidates, key=Candidate.rank_key)
 
-    Args:
-        space: what to search; only live operations are used.
-        constraints: limits on the released network; every cost in it is recorded with the candidates.
-        evaluate: called once per generation with architectures never evaluated before.
-        config: sizes, probabilities and seed.
-        done: generations of an interrupted search with the same arguments.
 
-    Ends early when the limits leave nothing new to evaluate. Raises `UserError` when no architecture keeps the limits.
+def accuracy_front(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The candidates with complete scores that no other beats in both top-1 and MACs, by ascending MACs.
+
+    Of equals in both the first is kept, so both rise strictly along the front.
     """
-    sampler = Sampler(space, constraints)
-    generations = list(done)
-    while len(generations) <= config.iterations:
-        rng = random.Random(f"{config.seed}/generation/{len(generations)}")
-        known = [candidate for generation in generations for candidate in generation]
-        archs = breed(sampler, known, config, rng)
-        if not archs:
-            if not known:
-                raise sampler.nothing_found()
-            return
-        generation = score(archs, evaluate, constraints)
-        generations.append(generation)
-        yield generation
-
-
-def score(archs: list[Arch], evaluate: Evaluate, constraints: Constraints) -> Generation:
-    """Evaluate architectures; every cost of the constraints is recorded with them."""
-    return [
-        Candidate(
-            arch,
-            {name: cost(arch) for name, cost in constraints.costs.items()},
-            score.top1,
-            score.top5,
-            score.loss,
-            score.complete,
-        )
-        for arch, score in zip(archs, evaluate(archs), strict=True)
-    ]
-
-
-def first_generation(sampler: Sampler, count: int, rng: random.Random, given: Sequence[Arch]) -> list[Arch]:
-    """Different architectures inside the limits, `given` ones first, then random; fewer where no more are found."""
-    found = dict.fromkeys(arch for arch in given[:count] if sampler.constraints.allow(arch))
-    misses = 0
-    while len(found) < count and misses < PATIENCE:
-        arch = sampler.draw(rng)
-        if arch in found or not sampler.constraints.allow(arch):
-            misses += 1
-            continue
-        found[arch] = None
-        misses = 0
-    return list(found)
-
-
-def ranked(generations: Sequence[Generation]) -> list[Candidate]:
-    """All candidates, the best first."""
-    return sorted((c for generation in generations for c in generation), key=Candidate.rank_key)
+    front: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (c.costs["macs"], -c.top1)):
+        if candidate.complete and (not front or candidate.top1 > front[-1].top1):
+            front.append(candidate)
+    return front
 
 
 def breed(sampler: Sampler, known: Sequence[Candidate], config: EvolutionConfig, rng: random.Random) -> list[Arch]:
@@ -175,25 +99,28 @@ def breed(sampler: Sampler, known: Sequence[Candidate], config: EvolutionConfig,
     It is all random when nothing is known yet. Where crossover or mutation run out of new children, random draws take
     their place; where those run out too, the generation is smaller than the population.
     """
-    space = sampler.space
-    seen = {candidate.arch for candidate in known}
-    parents = [candidate.arch for candidate in sorted(known, key=Candidate.rank_key)[: config.parents]]
+    problem, space = sampler.problem, sampler.problem.space
+    taken = {candidate.arch for candidate in known}
+    parents = [candidate.arch for candidate in ranked(known)[: config.parents]]
     children: list[Arch] = []
-
-    def add(count: int, propose: Callable[[], Arch]) -> None:
-        misses = 0
-        while count > 0 and misses < PATIENCE:
-            arch = propose()
-            if arch in seen or not sampler.constraints.allow(arch):
-                misses += 1
-                continue
-            seen.add(arch)
-            children.append(arch)
-            count, misses = count - 1, 0
-
     if len(parents) > 1:
-        add(config.crossover, lambda: crossover(space, rng.sample(parents, 2), rng))
+        children += new_ones(lambda: crossover(space, rng.sample(parents, 2), rng), config.crossover, problem, taken)
     if parents:
-        add(config.mutation, lambda: mutate(space, rng.choice(parents), rng, config.mutation_probability))
-    add(config.population - len(children), lambda: sampler.draw(rng))
-    return children
+        rate = config.mutation_probability
+        children += new_ones(lambda: mutate(space, rng.choice(parents), rng, rate), config.mutation, problem, taken)
+    return children + new_ones(lambda: sampler.draw(rng), config.population - len(children), problem, taken)
+
+
+def new_ones(propose: Callable[[], Arch], count: int, problem: Problem, taken: set[Arch]) -> list[Arch]:
+    """Up to `count` proposals inside the limits, each new, and taken from now on; fewer where `PATIENCE` ends."""
+    found: list[Arch] = []
+    misses = 0
+    while len(found) < count and misses < PATIENCE:
+        arch = propose()
+        if arch in taken or not problem.allows(arch):
+            misses += 1
+            continue
+        taken.add(arch)
+        found.append(arch)
+        misses = 0
+    return found

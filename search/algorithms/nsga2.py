@@ -1,12 +1,11 @@
 """NSGA-II (Deb et al., 2002) over one-shot accuracy and costs: the whole Pareto set from one search.
 
 Sorting, crowding and hypervolume are pymoo's; variation is that of the single-objective search, since which genes are
-live depends on others. As there, a generation depends only on the settings and the generations before it.
+live depends on others.
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,87 +13,43 @@ from pymoo.indicators.hv import HV
 from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
-from bsnas.engine.space.space import Arch, Space
-from bsnas.search.algorithms.evolution import (
-    PATIENCE,
-    Candidate,
-    Evaluate,
-    EvolutionConfig,
-    Generation,
-    first_generation,
-    score,
-)
+from bsnas.engine.space.space import Arch
+from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, new_ones
 from bsnas.search.algorithms.sampler import Sampler
 from bsnas.search.algorithms.variation import crossover, mutate
-from bsnas.search.costs.chain import ChainCost
-from bsnas.search.costs.constraints import Constraints, Limit
 
 Ranges = Mapping[str, tuple[float, float]]
 """Smallest and largest value of each minimised cost in the space."""
 
 
-def evolve_front(
-    space: Space,
-    constraints: Constraints,
-    evaluate: Evaluate,
-    config: EvolutionConfig,
-    costs: Sequence[str],
-    done: Sequence[Generation] = (),
-) -> Iterator[Generation]:
-    """Yield every generation after its evaluation, from the first that `done` does not hold.
-
-    As `evolution.evolve`, but top-1 is maximised and `costs` are minimised together. `population` survivors of
-    everything evaluated are the parents of as many children. Random draws spread over the range of the first cost,
-    and the network of the smallest cost is among the first ones.
-    """
-    spread = constraints.limits or tuple(Limit(cost) for cost in costs if cost not in constraints.peaks)[:1]
-    sampler = Sampler(space, replace(constraints, limits=spread))
-    generations = list(done)
-    while len(generations) <= config.iterations:
-        rng = random.Random(f"{config.seed}/front/{len(generations)}")
-        known = [candidate for generation in generations for candidate in generation]
-        if known:
-            archs = breed_front(sampler, known, config, costs, rng)
-        else:
-            ends = [ChainCost(space, constraints.costs[c]).smallest(space) for c in costs if c not in constraints.peaks]
-            archs = first_generation(sampler, config.population, rng, ends)
-        if not archs:
-            if not known:
-                raise sampler.nothing_found()
-            return
-        generations.append(score(archs, evaluate, constraints))
-        yield generations[-1]
-
-
 def breed_front(
-    sampler: Sampler, known: Sequence[Candidate], config: EvolutionConfig, costs: Sequence[str], rng: random.Random
+    sampler: Sampler, known: Sequence[Candidate], config: EvolutionConfig, rng: random.Random
 ) -> list[Arch]:
-    """New architectures inside the limits: crossover and mutation of parents that win tournaments of two.
+    """The next generation: new architectures inside the limits, by crossover and mutation of parents that win
+    tournaments of two.
 
-    Where these bring nothing new, random draws take their place.
+    `population` survivors of everything known are the parents of as many children. Where these bring nothing new,
+    random draws take their place. The first generation is the network of the smallest cost, for each cost that is a
+    sum, and random draws.
     """
-    space, seen = sampler.space, {candidate.arch for candidate in known}
-    parents = survivors(known, costs, config.population)
-
-    def winner() -> Arch:
-        places = [rng.randrange(len(parents)) for _ in range(2)]
-        return parents[min(places)].arch
-
-    def bred() -> Arch:
-        return mutate(space, crossover(space, (winner(), winner()), rng), rng, config.mutation_probability)
-
+    problem, space = sampler.problem, sampler.problem.space
+    taken = {candidate.arch for candidate in known}
     children: list[Arch] = []
-    for propose in (bred, lambda: sampler.draw(rng)):
-        misses = 0
-        while len(children) < config.population and misses < PATIENCE:
-            arch = propose()
-            if arch in seen or not sampler.constraints.allow(arch):
-                misses += 1
-                continue
-            seen.add(arch)
-            children.append(arch)
-            misses = 0
-    return children
+    if known:
+        parents = survivors(known, problem.minimised, config.population)
+
+        def winner() -> Arch:
+            return parents[min(rng.randrange(len(parents)) for _ in range(2))].arch
+
+        def bred() -> Arch:
+            return mutate(space, crossover(space, (winner(), winner()), rng), rng, config.mutation_probability)
+
+        children = new_ones(bred, config.population, problem, taken)
+    else:
+        smallest = [cost.best(min)[1] for name in problem.minimised if (cost := problem.costs[name]).adds]
+        children = [arch for arch in dict.fromkeys(smallest[: config.population]) if problem.allows(arch)]
+        taken.update(children)
+    return children + new_ones(lambda: sampler.draw(rng), config.population - len(children), problem, taken)
 
 
 def survivors(candidates: Sequence[Candidate], costs: Sequence[str], count: int) -> list[Candidate]:

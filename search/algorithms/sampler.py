@@ -1,17 +1,17 @@
 """Random architectures that keep limits, without rejecting nearly everything.
 
 Limits far from the bulk of a space make rejection sampling hopeless: of ten thousand random architectures of Table 1
-not one has less than 250 M MACs. Here the costs, which are sums over blocks, are put on a grid, and dynamic programming
+not one has less than 250 M MACs. Here the costs that are sums over blocks are put on a grid, and dynamic programming
 from the last block to the first finds the probability that the blocks still to come add exactly so many grid cells.
-Walking forwards, each choice is then drawn with the probability that it ends in the wanted cell.
+Walking forwards, each choice is then drawn with the probability that it ends in the wanted cell. A limit on a cost that
+is the largest of its blocks' needs no grid: it rules out choices one by one.
 
-What is drawn: a cell of the first limited cost, uniformly among those that the limits leave, so that samples spread
+What is drawn: a cell of the first limited sum, uniformly among those that the limits leave, so that samples spread
 over the whole feasible range and do not pile up where most architectures lie; and inside it what `uniform_arch` would
 draw there. Terms are rounded to whole cells, so a draw may miss a limit by a few cells: callers check.
 """
 
 import random
-from collections.abc import Mapping
 from functools import reduce
 from itertools import accumulate
 
@@ -19,111 +19,111 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.space.cost import Cost, Place, links
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.engine.space.space import Arch, BlockOp, Space
-from bsnas.search.costs.chain import ChainCost, Link
-from bsnas.search.costs.constraints import Constraints, Limit, infeasible
+from bsnas.engine.space.space import Arch, BlockOp
+from bsnas.search.algorithms.problem import Limit, Problem
 
+Link = tuple[int, int]
+"""The channels before and after a block."""
+Terms = list[dict[Link, dict[BlockOp, float]]]
+"""Per block and link, what each live choice adds."""
 Cell = tuple[int, ...]
 Mass = NDArray[np.float64]
-"""Probability per grid cell, one axis per limited cost."""
+"""Probability per grid cell, one axis per limited sum."""
 
 _GRID_CELLS = 2**18
 _MAX_AXIS_CELLS = 4096
 
 
-class Sampler:
-    """Draws architectures of a space that keep the constraints, up to the rounding of the grid.
+def check_limits(problem: Problem) -> None:
+    """Raise `UserError` with the reachable ranges when no architecture keeps the limits, up to the grid's rounding."""
+    Sampler(problem)
 
-    Raises `UserError` with the reachable ranges when no architecture keeps the limits.
+
+class Sampler:
+    """Draws architectures that keep the limits of a problem, up to the rounding of the grid.
+
+    Raises `UserError` with the reachable ranges when no architecture does.
     """
 
-    def __init__(self, space: Space, constraints: Constraints) -> None:
-        self.space = space
-        self.constraints = constraints
-        if not constraints.limits:
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        # Without limits on a search for a Pareto set, draws spread over the first minimised sum.
+        limits = problem.limits or [Limit(cost) for cost in problem.minimised if problem.costs[cost].adds][:1]
+        self._uniform = not limits
+        if self._uniform:
             return
-        self._limits = tuple(limit for limit in constraints.limits if limit.cost not in constraints.peaks)
-        """Limits on sums, an axis of the grid each. Draws spread over the first, which is MACs if there is none."""
-        self._limits = self._limits or (Limit("macs"),)
-        chains = [ChainCost(space, constraints.costs[limit.cost]) for limit in self._limits]
-        self.ranges = {limit.cost: chain.range() for limit, chain in zip(self._limits, chains, strict=True)}
+        self._peaks = [limit for limit in limits if not problem.costs[limit.cost].adds]
+        self._sums = [limit for limit in limits if problem.costs[limit.cost].adds] or [Limit("macs")]
+        """An axis of the grid each. Draws spread over the first, which is MACs if there is none."""
+        self.ranges = {limit.cost: problem.costs[limit.cost].range() for limit in (*self._sums, *self._peaks)}
         """Smallest and largest value of every limited cost in the space."""
-        self.ranges |= {cost: constraints.peaks[cost].range() for cost, _ in self._peak_limits()}
-        for limit in constraints.limits:
+        for limit in limits:
             low, high = self.ranges[limit.cost]
             if limit.low > high or limit.high < low:
-                raise self._infeasible(self.ranges, "in this space")
-        self._put_on_grid(chains)
+                raise problem.unreachable(self.ranges, "in this space")
+        self._put_on_grid()
         self._fill_masses()
         self._list_targets()
 
     def draw(self, rng: random.Random) -> Arch:
         """One architecture; it keeps the limits up to a few grid cells."""
-        if not self.constraints.limits:
-            return uniform_arch(self.space, rng)
+        if self._uniform:
+            return uniform_arch(self.problem.space, rng)
         cells, weights = rng.choice(self._targets)
         return self._walk(rng.choices(cells, cum_weights=weights)[0], rng)
 
     def nothing_found(self) -> UserError:
         """The error for limits inside the reachable range that no architecture happens to keep."""
-        return self._infeasible(self.ranges, "in this space, with gaps between")
+        return self.problem.unreachable(self.ranges, "in this space, with gaps between")
 
-    def _infeasible(self, reachable: Mapping[str, tuple[float, float]], where: str) -> UserError:
-        limited = {limit.cost for limit in self.constraints.limits}
-        return infeasible(self.constraints.limits, {c: r for c, r in reachable.items() if c in limited}, where)
+    def _keeps_peaks(self, place: Place) -> bool:
+        """Whether a block, with the tail if it is the last one, keeps every limit on a peak."""
+        index, _, channels, _ = place
+        last = index == self.problem.space.num_blocks - 1
+        peaks = [(self.problem.costs[limit.cost], limit.high) for limit in self._peaks]
+        return all(p.block(*place) <= high and not (last and p.tail(channels) > high) for p, high in peaks)
 
-    def _peak_limits(self) -> list[tuple[str, float]]:
-        """The limited peaks and their upper limits."""
-        return [(limit.cost, limit.high) for limit in self.constraints.limits if limit.cost in self.constraints.peaks]
-
-    def _allowed(self, block: int, link: Link, op: BlockOp) -> bool:
-        """Whether an operation of a block, with what follows the last one, keeps every limit on a peak."""
-        for cost, high in self._peak_limits():
-            peak = self.constraints.peaks[cost]
-            if peak.block(block, *link, op) > high or (
-                block == self.space.num_blocks - 1 and peak.tail(link[1]) > high
-            ):
-                return False
-        return True
-
-    def _put_on_grid(self, chains: list[ChainCost]) -> None:
+    def _put_on_grid(self) -> None:
         """Every term in whole cells, counted from the smallest term of its block."""
-        lows = [[min(min(t.values()) for t in terms.values()) for terms in chain.terms] for chain in chains]
-        self._origin = [chain.constant + sum(low) for chain, low in zip(chains, lows, strict=True)]
-        axis_cells = min(_MAX_AXIS_CELLS, int(_GRID_CELLS ** (1 / len(chains))))
+        space = self.problem.space
+        costs = [counted_from_reference(self.problem.costs[limit.cost]) for limit in self._sums]
+        lows = [[min(min(ops.values()) for ops in block.values()) for block in terms] for _, terms in costs]
+        self._origin = [constant + sum(low) for (constant, _), low in zip(costs, lows, strict=True)]
+        axis_cells = min(_MAX_AXIS_CELLS, int(_GRID_CELLS ** (1 / len(costs))))
+        highs = [self.ranges[limit.cost][1] for limit in self._sums]
         self._cell_sizes = [
-            max((high - origin) / axis_cells, 1e-9)
-            for (_, high), origin in zip((self.ranges[limit.cost] for limit in self._limits), self._origin, strict=True)
+            max((high - origin) / axis_cells, 1e-9) for high, origin in zip(highs, self._origin, strict=True)
         ]
-        self._slack = self.space.num_blocks // 2 + 1
+        self._slack = space.num_blocks // 2 + 1
         """Cells by which a sum can be off: every block rounds by at most half a cell."""
-        self._shape = (axis_cells + 1 + self._slack,) * len(chains)
-        self._steps: list[dict[Link, dict[BlockOp, Cell]]] = [
-            {
-                link: {
+        self._shape = (axis_cells + 1 + self._slack,) * len(costs)
+
+        self._steps: list[dict[Link, dict[BlockOp, Cell]]] = []
+        for i in range(space.num_blocks):
+            steps: dict[Link, dict[BlockOp, Cell]] = {}
+            for link in links(space, i):
+                steps[link] = {
                     op: tuple(
-                        round((chain.terms[i][link][op] - low[i]) / size)
-                        for chain, low, size in zip(chains, lows, self._cell_sizes, strict=True)
+                        round((terms[i][link][op] - low[i]) / size)
+                        for (_, terms), low, size in zip(costs, lows, self._cell_sizes, strict=True)
                     )
-                    for op in ops
-                    if self._allowed(i, link, op)
+                    for op in space.live_block_ops(i, link[1])
+                    if self._keeps_peaks((i, *link, op))
                 }
-                for link, ops in chains[0].terms[i].items()
-            }
-            for i in range(self.space.num_blocks)
-        ]
+            self._steps.append(steps)
 
     def _fill_masses(self) -> None:
         """Backwards over the blocks: per channels before the block, how likely the rest adds so many cells."""
         end = np.zeros(self._shape)
         end[(0,) * end.ndim] = 1
-        last = self.space.live_channels(len(self.space.clusters) - 1)
-        self._masses: list[dict[int | None, Mass]] = [dict.fromkeys(last, end)]
+        last = self.problem.space.live_channels(len(self.problem.space.clusters) - 1)
+        self._masses: list[dict[int, Mass]] = [dict.fromkeys(last, end)]
         for steps in reversed(self._steps):
             after = self._masses[0]
-            masses: dict[int | None, Mass] = {}
-            links_from: dict[int | None, int] = {}
+            masses: dict[int, Mass] = {}
+            links_from: dict[int, int] = {}
             for (before, channels), choices in steps.items():
                 if not choices or channels not in after:
                     continue
@@ -137,9 +137,9 @@ class Sampler:
 
     def _list_targets(self) -> None:
         """The cells that the limits leave, in rows of equal first cost, with their cumulated masses."""
-        if None not in self._masses[0]:
-            raise self._infeasible(self.ranges, "in this space, each alone")
-        mass = self._masses[0][None]
+        if not self._masses[0]:
+            raise self.problem.unreachable(self.ranges, "in this space, each alone")
+        (mass,) = self._masses[0].values()
         kept = [self._axis_inside(axis) for axis in range(mass.ndim)]
         wanted = np.where(reduce(np.multiply.outer, kept), mass, 0)
         if not wanted.any():
@@ -155,15 +155,15 @@ class Sampler:
 
     def _axis_inside(self, axis: int) -> NDArray[np.bool_]:
         """Which cells of an axis can hold a cost inside its limit."""
-        limit, values = self._limits[axis], self._axis_values(axis)
+        limit, values = self._sums[axis], self._axis_values(axis)
         slack = self._slack * self._cell_sizes[axis]
         return (values >= limit.low - slack) & (values <= limit.high + slack)
 
     def _none_inside(self, kept: list[NDArray[np.bool_]]) -> UserError:
         """The error for limits that can each be kept but not together, with what the other limits leave of each."""
-        mass = self._masses[0][None]
+        (mass,) = self._masses[0].values()
         reachable = {}
-        for axis, limit in enumerate(self._limits):
+        for axis, limit in enumerate(self._sums):
             others = [np.ones_like(k) if a == axis else k for a, k in enumerate(kept)]
             there = np.where(reduce(np.multiply.outer, others), mass, 0)
             cells = np.flatnonzero(np.moveaxis(there, axis, 0).reshape(len(kept[axis]), -1).any(axis=1))
@@ -172,14 +172,13 @@ class Sampler:
                 values = np.clip(self._axis_values(axis)[cells], low, high)
                 reachable[limit.cost] = (float(values[0]), float(values[-1]))
         if not reachable:
-            return self._infeasible(self.ranges, "in this space, each alone")
-        peaks = {cost: self.ranges[cost] for cost, _ in self._peak_limits()}
-        return self._infeasible({**reachable, **peaks}, "while the other limits are kept")
+            return self.problem.unreachable(self.ranges, "in this space, each alone")
+        peaks = {limit.cost: self.ranges[limit.cost] for limit in self._peaks}
+        return self.problem.unreachable({**reachable, **peaks}, "while the other limits are kept")
 
     def _walk(self, target: Cell, rng: random.Random) -> Arch:
         """An architecture whose steps add up to the target cell, each choice drawn by the mass behind it."""
-        before: int | None = None
-        rest = target
+        before, rest = self.problem.space.separable_channels, target
         channels: list[int] = []
         ops: list[list[BlockOp]] = []
         for i, steps in enumerate(self._steps):
@@ -194,11 +193,32 @@ class Sampler:
                 float(masses[width][cell]) / count if min(cell) >= 0 else 0.0 for width, _, cell, count in options
             ]
             before, op, rest, _ = rng.choices(options, weights)[0]
-            if self.space.is_first(i):
+            if self.problem.space.is_first(i):
                 channels.append(before)
                 ops.append([])
             ops[-1].append(op)
         return Arch(tuple(channels), tuple(map(tuple, ops)))
+
+
+def counted_from_reference(cost: Cost) -> tuple[float, Terms]:
+    """An additive cost taken apart into that of a reference network, the first live choice everywhere, and terms.
+
+    A term is what a choice adds to the network that goes on from it with the reference's choices. A block's own cost
+    would do as well, but terms decide on the cells and so on what is drawn: a search that goes on must draw the same.
+    """
+    space = cost.space
+    rest = {c: cost.tail(c) for c in space.live_channels(len(space.clusters) - 1)}
+    """Of the reference's choices behind a block, per its channels."""
+    terms: Terms = []
+    for i in reversed(range(space.num_blocks)):
+        after, rest = rest, {}
+        terms.insert(0, {})
+        for before, channels in links(space, i):
+            ops = space.live_block_ops(i, channels)
+            costs = {op: cost.block(i, before, channels, op) + after[channels] for op in ops}
+            rest.setdefault(before, costs[ops[0]])  # of the first link: the reference's
+            terms[0][before, channels] = {op: costs[op] - rest[before] for op in ops}
+    return cost.constant + cost.stem + rest[space.separable_channels], terms
 
 
 def _add_shifted(total: Mass, mass: Mass, step: Cell, factor: float) -> None:

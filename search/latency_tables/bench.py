@@ -24,7 +24,7 @@ from bsnas.search.backends import Backend, Model, Session
 from bsnas.search.backends.timing import interleaved_ms
 from bsnas.search.latency_tables.network_parts import Part, PartTable
 from bsnas.search.latency_tables.part_stacks import stack, unit_scale
-from bsnas.search.latency_tables.store import LatencyContext, Timing
+from bsnas.search.latency_tables.timings import LatencyContext, Timing
 
 _COPIES = 4
 """Copies of a part by which its longer stack exceeds its shorter one."""

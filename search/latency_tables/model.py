@@ -5,17 +5,20 @@ torch, so that a search can tell within seconds that a limit is out of reach.
 """
 
 import json
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bsnas.engine.host.atomic import write_atomically
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.rundir import RunDir
-from bsnas.engine.space.space import Arch, Space
-from bsnas.search.latency_tables.network_parts import PartTable
-from bsnas.search.latency_tables.store import LatencyContext
+from bsnas.engine.space.cost import Cost
+from bsnas.engine.space.space import Space
+from bsnas.search.latency_tables.network_parts import Part, PartTable
+from bsnas.search.latency_tables.timings import LatencyContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +49,32 @@ class LatencyModel:
     about: Mapping[str, Any] = field(default_factory=dict)
     """How it was measured, for people."""
 
-    def predictor(self, space: Space) -> "LatencyPredictor":
-        """The cost function of a space. Raises `UserError` when the model is of other clusters or lacks a part."""
+    def cost(self, space: Space) -> Cost:
+        """Milliseconds of a batch. Raises `UserError` when the model is of other clusters or lacks a part."""
         if space.fingerprint != self.space:
             raise UserError(
                 "the latency table was measured for other clusters or another resolution than this run's; "
                 "measure again with search/latency.py"
             )
-        missing = [part for part in PartTable(space).all_parts() if str(part) not in self.parts]
+        table = PartTable(space)
+        missing = [part for part in table.all_parts() if str(part) not in self.parts]
         if missing:
             raise UserError(
                 f"the latency table lacks {len(missing)} parts of this space, as {missing[0]}; "
                 "run search/latency.py again, it measures what is missing"
             )
-        return LatencyPredictor(self, space)
+
+        def ms(part: Part) -> float:
+            return self.parts[str(part)].ms
+
+        return Cost(
+            space,
+            operator.add,
+            ms(table.stem),
+            cache(lambda *place: ms(table.block(*place))),
+            cache(lambda channels: ms(table.tail(channels))),
+            constant=self.offset_ms,
+        )
 
     def save(self, file: Path) -> None:
         write_atomically(file, (json.dumps(asdict(self), indent=1) + "\n").encode())
@@ -77,21 +92,6 @@ class LatencyModel:
             raise UserError(
                 f"{file} holds no latency table ({error}); give a file that search/latency.py wrote"
             ) from None
-
-
-class LatencyPredictor:
-    """Milliseconds of a batch through the released network of an architecture."""
-
-    def __init__(self, model: LatencyModel, space: Space) -> None:
-        self._model = model
-        self._parts = PartTable(space)
-        self._known: dict[Arch, float] = {}
-
-    def __call__(self, arch: Arch) -> float:
-        if arch not in self._known:
-            costs = (self._model.parts[str(part)].ms for part in self._parts.parts(arch))
-            self._known[arch] = self._model.offset_ms + sum(costs)
-        return self._known[arch]
 
 
 def find_model(run: RunDir, table: Path | None, wanted: Mapping[str, str | int | None]) -> tuple[Path, LatencyModel]:

@@ -6,8 +6,8 @@ forms, so Table 1 has about 400 of them. No torch.
 
 from dataclasses import dataclass
 
-from bsnas.engine.space.space import Arch, BlockDims, Space
-from bsnas.search.costs.chain import links
+from bsnas.engine.space.cost import dims_at, input_sizes, links, places_of
+from bsnas.engine.space.space import Arch, BlockOp, Space
 
 
 @dataclass(frozen=True)
@@ -37,37 +37,28 @@ class PartTable:
 
     def __init__(self, space: Space) -> None:
         self.space = space
-        size = -(-space.resolution // space.stem_stride)
-        self._sizes = []
-        for i in range(space.num_blocks):
-            self._sizes.append(size)
-            size = -(-size // space.block_stride(i))
-        self._final_size = size
-        stem = (space.input_channels, space.stem_channels, space.separable_channels)
-        self._stem = Part("stem", stem, 3, space.stem_stride, space.resolution)
+        self._sizes = input_sizes(space)
+        widths = (space.input_channels, space.stem_channels, space.separable_channels)
+        self.stem = Part("stem", widths, 3, space.stem_stride, space.resolution)
 
-    def parts(self, arch: Arch) -> tuple[Part, ...]:
-        """The parts of an architecture in network order."""
-        dims = self.space.released_dims(arch)
-        blocks = (self._block(i, d) for i, d in enumerate(dims))
-        return (self._stem, *blocks, self._tail(dims[-1].out_channels))
-
-    def all_parts(self) -> list[Part]:
-        """Every form that a live architecture can have, each once, in network order."""
-        space = self.space
-        found = [self._stem]
-        for i in range(space.num_blocks):
-            for before, channels in links(space, i):
-                inputs = space.separable_channels if before is None else before
-                for op in space.live_block_ops(i, channels):
-                    dims = BlockDims(inputs, op.expansion * inputs, channels, op.kernel, space.block_stride(i))
-                    found.append(self._block(i, dims))
-        found += map(self._tail, space.live_channels(len(space.clusters) - 1))
-        return list(dict.fromkeys(found))
-
-    def _block(self, index: int, dims: BlockDims) -> Part:
+    def block(self, index: int, before: int, channels: int, op: BlockOp) -> Part:
+        dims = dims_at(self.space, index, before, channels, op)
         widths = (dims.in_channels, dims.hidden, dims.out_channels)
         return Part("block", widths, dims.kernel, dims.stride, self._sizes[index])
 
-    def _tail(self, channels: int) -> Part:
-        return Part("tail", (channels, self.space.tail_channels, self.space.classes), 1, 1, self._final_size)
+    def tail(self, channels: int) -> Part:
+        return Part("tail", (channels, self.space.tail_channels, self.space.classes), 1, 1, self._sizes[-1])
+
+    def parts(self, arch: Arch) -> tuple[Part, ...]:
+        """The parts of an architecture in network order."""
+        blocks = (self.block(*place) for place in places_of(self.space, arch))
+        return (self.stem, *blocks, self.tail(arch.channels[-1]))
+
+    def all_parts(self) -> list[Part]:
+        """Every form that a live architecture can have, each once, in network order."""
+        space, found = self.space, [self.stem]
+        for i in range(space.num_blocks):
+            for before, channels in links(space, i):
+                found += [self.block(i, before, channels, op) for op in space.live_block_ops(i, channels)]
+        found += map(self.tail, space.live_channels(len(space.clusters) - 1))
+        return list(dict.fromkeys(found))

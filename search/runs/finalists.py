@@ -4,16 +4,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.release.onnx import Precision
+from bsnas.engine.space.cost import Cost
 from bsnas.engine.space.space import Arch, Space
+from bsnas.search.algorithms.evolution import Candidate
+from bsnas.search.algorithms.problem import Limit, Problem
 from bsnas.search.backends import BACKENDS, CannotRun, Hardware
-from bsnas.search.costs.constraints import Limit
 from bsnas.search.latency_tables.bench import LatencyBench, base_ms
-from bsnas.search.latency_tables.model import LatencyModel, LatencyPredictor, refuse_other_device
+from bsnas.search.latency_tables.model import LatencyModel, refuse_other_device
+from bsnas.search.runs.printing import print_finalists
 
 NOISE = 0.03
 """A network whose measured latency is outside the limit by no more than this share counts as inside it."""
@@ -27,18 +31,18 @@ class LatencyTable:
 
     file: Path
     model: LatencyModel
-    predict: LatencyPredictor
+    cost: Cost
     local: bool
     """Whether it was measured on this machine."""
 
     @classmethod
     def of(cls, file: Path, model: LatencyModel, space: Space, *, foreign: bool) -> "LatencyTable":
         """Raises `UserError` when the table is of another device (unless `foreign`) or lacks parts of the space."""
-        predict = model.predictor(space)
+        cost = model.cost(space)
         if not foreign:
             with _threads(model):
                 refuse_other_device(model, *_hardware(model), file)
-        return cls(file, model, predict, local=not foreign)
+        return cls(file, model, cost, local=not foreign)
 
 
 def measured_ms(table: LatencyTable, space: Space, archs: Sequence[Arch]) -> list[float]:
@@ -56,6 +60,36 @@ def measured_ms(table: LatencyTable, space: Space, archs: Sequence[Arch]) -> lis
     if base > quiet * (1 + _BUSY):
         print(f"the machine is busy: the reference network takes {base:.4g} ms, not {quiet:.4g}; scaled to the latter")
     return [timing.ratio * min(base, quiet) for timing in timings]
+
+
+def evenly_spaced(front: Sequence[Candidate], count: int) -> list[Candidate]:
+    """So many members of a Pareto set, its ends among them."""
+    steps = range(min(count, len(front)))
+    return [front[round(k * (len(front) - 1) / max(1, len(steps) - 1))] for k in steps]
+
+
+def time_finalists(
+    table: LatencyTable, problem: Problem, finalists: Sequence[Candidate], best: Candidate
+) -> tuple[Candidate, list[dict[str, Any]]]:
+    """Time the finalists and show them. The best whose measured latency keeps the limit takes the place of `best`.
+
+    The rows say what was predicted and what was measured.
+    """
+    measured = measured_ms(table, problem.space, [candidate.arch for candidate in finalists])
+    limit = next((limit for limit in problem.limits if limit.cost == "latency_ms"), None)
+    print_finalists(finalists, measured, limit)
+    rows = [
+        {"arch": str(c.arch), "top1": c.top1, "predicted_ms": c.costs["latency_ms"], "measured_ms": ms}
+        for c, ms in zip(finalists, measured, strict=True)
+    ]
+    if limit is not None:
+        inside = first_inside(measured, limit)
+        if inside is None:
+            print(f"none of the {len(finalists)} measured networks keeps the limit; measure the table again")
+        elif finalists[inside] != best:
+            best = finalists[inside]
+            print(f"taken: {best.arch}, the best one that keeps the limit as measured")
+    return best, rows
 
 
 def first_inside(measured: Sequence[float], limit: Limit) -> int | None:

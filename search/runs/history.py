@@ -17,18 +17,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bsnas.engine.host.distributed import Process, on_main
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.rundir import RunDir, read_json, write_json
 from bsnas.engine.space.space import Arch, Space
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, Generation
-from bsnas.search.algorithms.pareto import pareto_set
-from bsnas.search.costs.constraints import Constraints
+from bsnas.search.algorithms.problem import Problem
 
 
 @dataclass(frozen=True)
 class History:
-    """The stored generations of one search: same request and same scores, same file."""
+    """The stored generations of one search: same request and same scores, same file.
 
+    The main process reads and writes, and every process gets what it read.
+    """
+
+    process: Process
     run: RunDir
     request: dict[str, Any]
     """Limits, settings of the evolution, and objectives and latency table where there are any, as JSON data."""
@@ -39,17 +43,18 @@ class History:
     @classmethod
     def of(
         cls,
+        process: Process,
         run: RunDir,
-        space: Space,
-        constraints: Constraints,
+        problem: Problem,
         config: EvolutionConfig,
         scored_by: dict[str, str],
-        more: dict[str, Any] | None = None,
+        more: dict[str, Any],
     ) -> "History":
-        live = hashlib.sha256(json.dumps(space.to_json(), sort_keys=True).encode()).hexdigest()
-        limits = {limit.cost: str(limit) for limit in constraints.limits}
-        request = {"limits": limits, "evolution": asdict(config), **(more or {})}
-        return cls(run, request, {**scored_by, "space": live}, space)
+        """`more` is what the request says beside limits and evolution."""
+        live = hashlib.sha256(json.dumps(problem.space.to_json(), sort_keys=True).encode()).hexdigest()
+        limits = {limit.cost: str(limit) for limit in problem.limits}
+        request = {"limits": limits, "evolution": asdict(config), **more}
+        return cls(process, run, request, {**scored_by, "space": live}, problem.space)
 
     @property
     def file(self) -> Path:
@@ -62,34 +67,41 @@ class History:
 
     def load(self) -> list[Generation]:
         """The generations stored so far. Raises `UserError` for a damaged file."""
-        return _generations(read_json(self.file), self.file, self.space) if self.file.is_file() else []
+
+        def read() -> list[Generation]:
+            return _generations(read_json(self.file), self.file, self.space) if self.file.is_file() else []
+
+        return on_main(self.process, read)
+
+    def comparable(self) -> list[Candidate]:
+        """All candidates of the run's other searches whose scores come from the same weights and images."""
+
+        def read() -> list[Candidate]:
+            found: list[Candidate] = []
+            for file in self.run.search_files():
+                if file == self.file:
+                    continue
+                state = read_json(file)
+                if isinstance(state, dict) and state.get("scored_by") == self.scored_by:
+                    found += [candidate for rows in _generations(state, file, self.space) for candidate in rows]
+            return found
+
+        return on_main(self.process, read)
 
     def save(self, generations: Sequence[Generation]) -> None:
         """Store all generations so far."""
         rows = [[_to_json(candidate) for candidate in generation] for generation in generations]
-        write_json(self.file, {"request": self.request, "scored_by": self.scored_by, "generations": rows})
+        state = {"request": self.request, "scored_by": self.scored_by, "generations": rows}
+        on_main(self.process, lambda: write_json(self.file, state))
 
     def publish(self, best: Candidate, front: Sequence[Candidate]) -> None:
         """Write best.json and pareto.json."""
-        write_json(self.run.best_file, {**_to_json(best), "limits": self.request["limits"]})
-        write_json(self.run.front_file, [_to_json(candidate) for candidate in front])
 
-    def comparable(self) -> list[Candidate]:
-        """All candidates of the run's other searches whose scores come from the same weights and images."""
-        found: list[Candidate] = []
-        for file in self.run.search_files():
-            if file == self.file:
-                continue
-            state = read_json(file)
-            if isinstance(state, dict) and state.get("scored_by") == self.scored_by:
-                found += [candidate for rows in _generations(state, file, self.space) for candidate in rows]
-        return found
+        def write() -> None:
+            write_json(self.run.best_file, {**_to_json(best), "limits": self.request["limits"]})
+            write_json(self.run.front_file, [_to_json(candidate) for candidate in front])
 
-
-def accuracy_front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates with complete scores that no other beats in both top-1 and MACs, by ascending MACs."""
-    complete = [candidate for candidate in candidates if candidate.complete]
-    return pareto_set(complete, cost=lambda c: c.costs["macs"], value=lambda c: c.top1)
+        on_main(self.process, write)
 
 
 def _to_json(candidate: Candidate) -> dict[str, Any]:

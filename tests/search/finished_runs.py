@@ -16,7 +16,7 @@ from bsnas.engine.space.shrink import importance, importance_to_json, shrink
 from bsnas.engine.space.space import Arch, Cluster, Space
 from bsnas.search.latency_tables.model import LatencyModel, PartCost
 from bsnas.search.latency_tables.network_parts import PartTable
-from bsnas.search.latency_tables.store import LatencyContext
+from bsnas.search.latency_tables.timings import LatencyContext
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,10 @@ from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.space import Arch
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.costs.constraints import Limit
+from bsnas.search.algorithms.problem import Limit
 from bsnas.search.evolve import EvolveArguments
 from bsnas.search.runs.history import History
-from bsnas.search.runs.searching import search
+from bsnas.search.runs.of_run import search_run
 from tests import ROOT
 from tests.search.runs import small_space, untrained_run
 
@@ -81,7 +81,7 @@ def test_evolve_writes_figures_best_front_and_all_evaluations(tmp_path):
 
 def test_a_killed_search_goes_on_and_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch):
     whole_run = untrained_run(tmp_path / "whole")
-    whole = search(TrainedRun.open(whole_run.path, ALONE), LIMITS, SMALL, None)
+    whole = search_run(TrainedRun.open(whole_run.path, ALONE), LIMITS, SMALL, None)
 
     save = History.save
 
@@ -92,10 +92,10 @@ def test_a_killed_search_goes_on_and_ends_like_an_uninterrupted_one(trained, tmp
 
     monkeypatch.setattr(History, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        search(trained, LIMITS, SMALL, None)
+        search_run(trained, LIMITS, SMALL, None)
     monkeypatch.undo()
     assert not (trained.run.search / "best.json").exists()
-    continued = search(trained, LIMITS, SMALL, None)
+    continued = search_run(trained, LIMITS, SMALL, None)
     assert continued["reused"] == 12
     assert continued["best"] == whole["best"]
     for file in whole_run.search.iterdir():
@@ -103,30 +103,30 @@ def test_a_killed_search_goes_on_and_ends_like_an_uninterrupted_one(trained, tmp
 
 
 def test_a_finished_search_is_returned_and_other_limits_take_what_is_known(trained, capsys):
-    first = search(trained, LIMITS, SMALL, None)
+    first = search_run(trained, LIMITS, SMALL, None)
     capsys.readouterr()
-    again = search(trained, LIMITS, SMALL, None)
+    again = search_run(trained, LIMITS, SMALL, None)
     assert again == {**first, "reused": first["evaluations"]}
     assert "generation" not in capsys.readouterr().out
-    wider = search(trained, (Limit("macs", high=41_000),), SMALL, None)
+    wider = search_run(trained, (Limit("macs", high=41_000),), SMALL, None)
     assert wider["file"] != first["file"]
     assert wider["best"]["top1"] >= first["best"]["top1"], "what an earlier search found inside the limits counts"
     assert len(list(trained.run.search.iterdir())) == 4
 
 
 def test_another_seed_or_batchnorm_mode_is_another_search(trained):
-    running = search(trained, (), SMALL, "running")
-    seeded = search(trained, (), replace(SMALL, seed=1), "running")
-    recalibrated = search(trained, (), SMALL, "recalibrate")
+    running = search_run(trained, (), SMALL, "running")
+    seeded = search_run(trained, (), replace(SMALL, seed=1), "running")
+    recalibrated = search_run(trained, (), SMALL, "recalibrate")
     assert len({running["file"], seeded["file"], recalibrated["file"]}) == 3
     assert recalibrated["reused"] == 0, "scores of other statistics are not comparable"
 
 
 def test_a_damaged_history_is_named(trained):
-    found = search(trained, LIMITS, SMALL, None)
+    found = search_run(trained, LIMITS, SMALL, None)
     Path(found["file"]).write_text('{"generations": [[{"arch": "c1"}]]}')
     with pytest.raises(UserError, match=r"macs-40K-seed0-.*json holds no search of this program .*; remove it"):
-        search(trained, LIMITS, SMALL, None)
+        search_run(trained, LIMITS, SMALL, None)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_impossible_requests_are_told_before_anything_is_written(trained, option
     arguments = EvolveArguments(run=trained.run.path, **options)
 
     def request():
-        search(trained, arguments.limits(), arguments.evolution(), None)
+        search_run(trained, arguments.limits(), arguments.evolution(), None)
 
     with pytest.raises(UserError, match=message):
         request()

@@ -15,9 +15,8 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.space import Arch, BlockOp, Cluster, Space
+from bsnas.search.algorithms.problem import Limit, Problem
 from bsnas.search.algorithms.sampler import Sampler
-from bsnas.search.costs.constraints import Limit
-from bsnas.search.costs.costs import constraints_for
 
 MOBILENET_V2_CHANNELS = (24, 32, 64, 96, 160, 320)
 """Output channels of MobileNetV2's stages with expansion 6 (arXiv 1801.04381, table 2)."""
@@ -44,11 +43,10 @@ class Setting:
 
     def draw(self, count: int, *, share: float = 0.0) -> list[Arch]:
         """Different random architectures of at most `max_macs` MACs, and at least a share of that."""
-        limit = Limit("macs", share * self.max_macs, self.max_macs)
-        constraints = constraints_for(self.space, (limit,))
-        sampler, rng = Sampler(self.space, constraints), random.Random(f"{self.seed}/baseline")
+        problem = Problem.of(self.space, (Limit("macs", share * self.max_macs, self.max_macs),))
+        sampler, rng = Sampler(problem), random.Random(f"{self.seed}/baseline")
         drawn = (sampler.draw(rng) for _ in range(20 * count))
-        return list(dict.fromkeys(arch for arch in drawn if constraints.allow(arch)))[:count]
+        return list(dict.fromkeys(arch for arch in drawn if problem.allows(arch)))[:count]
 
 
 def random_search(setting: Setting) -> dict[str, Any]:

@@ -14,10 +14,9 @@ from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.engine.space.space import Arch, Space
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.algorithms.sampler import Sampler
-from bsnas.search.costs.constraints import Limit
-from bsnas.search.costs.costs import constraints_for
-from bsnas.search.runs.searching import search
+from bsnas.search.algorithms.problem import Limit, Problem
+from bsnas.search.algorithms.sampler import check_limits
+from bsnas.search.runs.of_run import search_run
 
 MODES: tuple[BatchNormMode, ...] = ("running", "recalibrate")
 RANDOM_SUBNETS = 20
@@ -68,7 +67,7 @@ def measure_supernet(
             one_shot[bn] = [score.top1 for score in evaluator.evaluate(pool.archs)]
             ranking[bn] = agreement(one_shot[bn], pool.top1, resamples=RESAMPLES)
     facts, limits = RunFacts(trained.run.path), _reachable(space, limit)
-    best = search(trained, limits, evolution, None)["best"]
+    best = search_run(trained, limits, evolution, None)["best"]
     return {
         "random_top1": random_top1,
         "probes": facts.probes,
@@ -85,7 +84,7 @@ def measure_supernet(
 def _reachable(space: Space, limit: Limit) -> tuple[Limit, ...]:
     """The limit, or none where shrinking has left nothing that keeps it."""
     try:
-        Sampler(space, constraints_for(space, (limit,)))
+        check_limits(Problem.of(space, (limit,)))
     except UserError:
         return ()
     return (limit,)

@@ -58,7 +58,7 @@ def check_against_network(space: Space, arch: Arch) -> None:
 def test_the_ends_of_the_papers_space():
     space = imagenet_space()
     costs = CostModel(space)
-    assert costs.macs_range() == (199_964_416, 773_403_968)
+    assert costs.macs.range() == (199_964_416, 773_403_968)
     assert costs.macs(one_option(space, 0, BlockOp(3, 3))) == 199_964_416
     assert costs.macs(one_option(space, -1, BlockOp(7, 6))) == 773_403_968
 
@@ -101,7 +101,7 @@ def test_the_range_is_that_of_all_live_architectures(seed):
         for picks in itertools.product(*choices)
     ]
     assert len(macs) == space.num_architectures
-    assert costs.macs_range() == (min(macs), max(macs))
+    assert costs.macs.range() == (min(macs), max(macs))
 
 
 def tables(space: Space, cluster: int, channels: int) -> list[tuple[BlockOp, ...]]:

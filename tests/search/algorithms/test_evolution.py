@@ -1,5 +1,6 @@
 import random
 import time
+from itertools import chain
 from typing import NamedTuple
 
 import pytest
@@ -11,8 +12,9 @@ from bsnas.engine.presets import imagenet_space, mobilenet_v2_space
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.engine.space.space import Arch, Space
-from bsnas.search.algorithms.evolution import EvolutionConfig, evolve, ranked
-from bsnas.search.costs.constraints import Constraints, Limit
+from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, accuracy_front, ranked
+from bsnas.search.algorithms.problem import Limit, Problem
+from bsnas.search.runs.search import generations
 from tests.search.spaces import all_archs, random_space
 
 
@@ -44,9 +46,9 @@ class Toy:
         return [arch for batch in self.batches for arch in batch]
 
 
-def constraints_of(space: Space, *limits: Limit) -> Constraints:
+def problem_of(space: Space, *limits: Limit) -> Problem:
     model = CostModel(space)
-    return Constraints(limits, {"macs": model.macs, "params": model.params})
+    return Problem(space, limits, {"macs": model.macs, "params": model.params})
 
 
 def test_the_papers_search_finds_a_known_optimum_inside_its_budget():
@@ -54,12 +56,11 @@ def test_the_papers_search_finds_a_known_optimum_inside_its_budget():
     macs = CostModel(space).macs
     target = min((uniform_arch(space, random.Random(seed)) for seed in range(200)), key=lambda a: abs(macs(a) - 460e6))
     toy = Toy(target)
-    constraints = constraints_of(space, Limit("macs", high=465e6))
-    generations = list(evolve(space, constraints, toy, EvolutionConfig()))
+    found = list(generations(problem_of(space, Limit("macs", high=465e6)), EvolutionConfig(), toy))
     assert [len(batch) for batch in toy.batches] == [75] * 21, "one batch per generation, the last one ranked too"
     assert len(set(toy.asked)) == len(toy.asked), "evaluated twice"
     assert all(macs(arch) <= 465e6 for arch in toy.asked)
-    best = ranked(generations)[0]
+    best = ranked(chain(*found))[0]
     at_random = max(toy.top1(arch) for arch in toy.batches[0])
     assert best.top1 > 0.9 > at_random + 0.2, (best.top1, at_random)
     assert best.costs == {"macs": macs(best.arch), "params": CostModel(space).params(best.arch)}
@@ -68,8 +69,8 @@ def test_the_papers_search_finds_a_known_optimum_inside_its_budget():
 def test_a_generation_is_a_third_crossover_a_third_mutation_and_random_rest():
     space = imagenet_space()
     toy = Toy(uniform_arch(space, random.Random(9)))
-    first, second = evolve(space, constraints_of(space), toy, EvolutionConfig(iterations=1))
-    parents = [candidate.arch for candidate in ranked([first])[:10]]
+    first, second = generations(problem_of(space), EvolutionConfig(iterations=1), toy)
+    parents = [candidate.arch for candidate in ranked(first)[:10]]
     values = [[{arch.flat_blocks[i] for arch in parents}, i] for i in range(space.num_blocks)]
     crossed = [all(c.arch.flat_blocks[i] in genes for genes, i in values) for c in second]
     assert all(crossed[:25])
@@ -90,24 +91,24 @@ def test_small_shrunk_spaces_are_searched_until_nothing_is_left(rng):
     feasible = {arch for arch in archs if limit.allows(macs(arch))}
     toy = Toy(rng.choice(sorted(feasible, key=str)))
     config = EvolutionConfig(population=30, iterations=15, crossover=10, mutation=10, seed=rng.randrange(9))
-    generations = list(evolve(space, constraints_of(space, limit), toy, config))
+    found = list(generations(problem_of(space, limit), config, toy))
     assert len(set(toy.asked)) == len(toy.asked)
     assert set(toy.asked) <= feasible
     assert len(toy.asked) >= 0.9 * len(feasible)
     if len(toy.asked) == len(feasible):
-        assert ranked(generations)[0].top1 == 1.0
+        assert ranked(chain(*found))[0].top1 == 1.0
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**9).map(random.Random), st.integers(0, 5))
 def test_a_continued_search_ends_like_an_uninterrupted_one(rng, killed_after):
     space = random_space(rng)
-    constraints = constraints_of(space)
+    problem = problem_of(space)
     toy = Toy(uniform_arch(space, rng))
     config = EvolutionConfig(population=12, iterations=5, crossover=4, mutation=4, seed=rng.randrange(9))
-    whole = list(evolve(space, constraints, toy, config))
+    whole = list(generations(problem, config, toy))
     done = whole[:killed_after]
-    rest = list(evolve(space, constraints, toy, config, done))
+    rest = list(generations(problem, config, toy, done))
     assert done + rest == whole
 
 
@@ -117,7 +118,7 @@ def test_seeds_decide_everything():
 
     def run(seed):
         config = EvolutionConfig(population=9, iterations=3, crossover=3, mutation=3, seed=seed)
-        return list(evolve(space, constraints_of(space, Limit("macs", high=300e6)), toy, config))
+        return list(generations(problem_of(space, Limit("macs", high=300e6)), config, toy))
 
     assert run(0) == run(0) != run(1)
 
@@ -126,7 +127,7 @@ def test_a_space_of_one_architecture_is_evaluated_once():
     space = mobilenet_v2_space()
     start = time.perf_counter()
     toy = Toy(uniform_arch(space, random.Random(0)))
-    (generation,) = evolve(space, constraints_of(space), toy, EvolutionConfig())
+    (generation,) = generations(problem_of(space), EvolutionConfig(), toy)
     assert len(generation) == len(toy.asked) == 1
     assert time.perf_counter() - start < 2
 
@@ -148,7 +149,7 @@ def test_an_infeasible_budget_ends_soon_with_the_reachable_range(limits):
     with pytest.raises(
         UserError, match=r"no architecture has .*; reachable .*: macs \d.* to \d.*; set the limits inside"
     ):
-        next(evolve(space, constraints_of(space, *limits), toy, EvolutionConfig()))
+        next(generations(problem_of(space, *limits), EvolutionConfig(), toy))
     assert time.perf_counter() - start < 5
     assert not toy.asked
 
@@ -168,3 +169,22 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
 
 def test_scaled_settings_keep_the_papers_proportions():
     assert EvolutionConfig.scaled(population=75, iterations=20, seed=0) == EvolutionConfig()
+
+
+ARCH = uniform_arch(mobilenet_v2_space(), random.Random(0))
+points = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=60)
+
+
+@given(points)
+def test_the_front_is_the_brute_force_one(items):
+    found = accuracy_front(Candidate(ARCH, {"macs": macs}, top1, 1.0, 0.0) for macs, top1 in items)
+    front = [(c.costs["macs"], c.top1) for c in found]
+    expected = {p for p in items if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in items)}
+    assert set(front) == expected
+    assert len(front) == len(expected), "equal points are kept once"
+    assert front == sorted(front)
+
+
+def test_of_equals_the_first_is_kept():
+    a, b, c = (Candidate(ARCH, {"macs": macs}, 2, 1.0, loss) for macs, loss in ((1, 0.1), (1, 0.2), (2, 0.3)))
+    assert accuracy_front([a, b, c]) == [a]

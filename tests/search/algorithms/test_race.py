@@ -1,7 +1,7 @@
 """A search that decides early finds what one that scores every subnet on all images finds."""
 
 import random
-from itertools import islice
+from itertools import chain, islice
 
 import pytest
 
@@ -9,18 +9,18 @@ from bsnas.engine.evaluation.evaluator import Evaluator
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.search.algorithms.evolution import EvolutionConfig, evolve, ranked
-from bsnas.search.algorithms.race import Race
-from bsnas.search.costs.constraints import Constraints
+from bsnas.search.algorithms.evolution import EvolutionConfig, accuracy_front, ranked
+from bsnas.search.algorithms.problem import Problem
 from bsnas.search.evolve import EvolveArguments
-from bsnas.search.runs.history import accuracy_front
+from bsnas.search.runs.of_run import Race
+from bsnas.search.runs.search import generations
 from tests.engine.evaluation.cases import labelled_images, small_space, trained_like_supernet
 
 SPACE = small_space()
 SUPERNET = trained_like_supernet(SPACE)
 IMAGES = 1280
 DATA = labelled_images(SUPERNET, uniform_arch(SPACE, random.Random(0)), IMAGES)
-CONSTRAINTS = Constraints((), {"macs": CostModel(SPACE).macs})
+PROBLEM = Problem(SPACE, (), {"macs": CostModel(SPACE).macs})
 CONFIG = EvolutionConfig.scaled(population=12, iterations=2, seed=0)
 
 
@@ -55,18 +55,19 @@ def test_new_architectures_race_against_the_best_so_far():
 
 
 def test_a_raced_search_finds_the_same_and_continues_the_same():
-    plain = list(evolve(SPACE, CONSTRAINTS, evaluator().evaluate, CONFIG))
-    raced = list(evolve(SPACE, CONSTRAINTS, Race(evaluator(), CONFIG.parents, 0.999), CONFIG))
-    assert [c.arch for c in ranked(raced)[: CONFIG.parents]] == [c.arch for c in ranked(plain)[: CONFIG.parents]]
-    begun = list(islice(evolve(SPACE, CONSTRAINTS, Race(evaluator(), CONFIG.parents, 0.999), CONFIG), 1))
+    plain = list(generations(PROBLEM, CONFIG, evaluator().evaluate))
+    raced = list(generations(PROBLEM, CONFIG, Race(evaluator(), CONFIG.parents, 0.999)))
+    best, best_raced = (ranked(chain(*found))[: CONFIG.parents] for found in (plain, raced))
+    assert [c.arch for c in best_raced] == [c.arch for c in best]
+    begun = list(islice(generations(PROBLEM, CONFIG, Race(evaluator(), CONFIG.parents, 0.999)), 1))
     complete = [c.arch for generation in begun for c in generation if c.complete]
-    rest = list(evolve(SPACE, CONSTRAINTS, Race(evaluator(), CONFIG.parents, 0.999, complete), CONFIG, begun))
+    rest = list(generations(PROBLEM, CONFIG, Race(evaluator(), CONFIG.parents, 0.999, complete), begun))
     assert [*begun, *rest] == raced
 
 
 def test_what_is_not_complete_is_neither_best_nor_on_the_front():
-    generation = next(evolve(SPACE, CONSTRAINTS, Race(evaluator(), 2, 0.999), CONFIG))
-    assert ranked([generation])[0].complete
+    generation = next(generations(PROBLEM, CONFIG, Race(evaluator(), 2, 0.999)))
+    assert ranked(generation)[0].complete
     assert all(candidate.complete for candidate in accuracy_front(generation))
 
 

@@ -10,9 +10,8 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.presets import imagenet_space
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.search.algorithms.sampler import Sampler
-from bsnas.search.costs.chain import ChainCost
-from bsnas.search.costs.constraints import Constraints, Limit, parse_count
+from bsnas.search.algorithms.problem import Limit, Problem, parse_count
+from bsnas.search.algorithms.sampler import Sampler, check_limits, counted_from_reference
 from tests.search.spaces import all_archs, random_space
 
 
@@ -23,16 +22,16 @@ def costs_of(space):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**9).map(random.Random))
-def test_chain_terms_sum_to_the_cost_and_give_its_extremes(rng):
+def test_terms_sum_to_the_cost_and_it_has_these_extremes(rng):
     space = random_space(rng)
     archs = all_archs(space)
     for cost in costs_of(space).values():
-        chain = ChainCost(space, cost)
-        assert chain.range() == (min(map(cost, archs)), max(map(cost, archs)))
+        assert cost.range() == (min(map(cost, archs)), max(map(cost, archs)))
         arch = rng.choice(archs)
-        total, before = chain.constant, None
+        total, terms = counted_from_reference(cost)
+        before = space.separable_channels
         for i, op in enumerate(arch.operations):
-            total += chain.terms[i][before, op.channels][op.block_op]
+            total += terms[i][before, op.channels][op.block_op]
             before = op.channels
         assert total == cost(arch)
 
@@ -45,12 +44,12 @@ def test_draws_are_live_and_reach_whatever_keeps_the_limits(rng):
     archs = all_archs(space)
     middle = rng.choice(archs)
     limits = (Limit("macs", high=costs["macs"](middle)), Limit("params", high=costs["params"](middle)))
-    constraints = Constraints(limits[: rng.randint(1, 2)], costs)
-    sampler = Sampler(space, constraints)
+    problem = Problem(space, limits[: rng.randint(1, 2)], costs)
+    sampler = Sampler(problem)
     drawn = [sampler.draw(rng) for _ in range(300)]
     for arch in drawn:
         space.check(arch)
-    assert any(constraints.allow(arch) for arch in drawn)
+    assert any(problem.allows(arch) for arch in drawn)
 
 
 def test_the_sampler_draws_close_to_every_limit_of_table_1():
@@ -58,17 +57,17 @@ def test_the_sampler_draws_close_to_every_limit_of_table_1():
     rng = random.Random(0)
     costs = costs_of(space)
     for limit in (Limit("macs", high=205e6), Limit("macs", low=765e6), Limit("macs", 300e6, 301e6)):
-        constraints = Constraints((limit,), costs)
-        sampler = Sampler(space, constraints)
-        kept = sum(constraints.allow(sampler.draw(rng)) for _ in range(200))
+        problem = Problem(space, (limit,), costs)
+        sampler = Sampler(problem)
+        kept = sum(problem.allows(sampler.draw(rng)) for _ in range(200))
         assert kept > 40, f"{limit}: only {kept} of 200 draws"
-        assert not any(constraints.allow(uniform_arch(space, rng)) for _ in range(200)), "rejection would do here"
+        assert not any(problem.allows(uniform_arch(space, rng)) for _ in range(200)), "rejection would do here"
 
 
 def test_draws_spread_over_the_feasible_range():
     space = imagenet_space()
     rng = random.Random(0)
-    sampler = Sampler(space, Constraints((Limit("macs", high=600e6),), costs_of(space)))
+    sampler = Sampler(Problem(space, (Limit("macs", high=600e6),), costs_of(space)))
     macs = CostModel(space).macs
     tenths = Counter(int((macs(sampler.draw(rng)) - 200e6) / 40e6) for _ in range(2000))
     assert all(140 <= tenths[tenth] <= 260 for tenth in range(10)), tenths
@@ -76,7 +75,7 @@ def test_draws_spread_over_the_feasible_range():
 
 def test_without_limits_the_sampler_is_the_uniform_one():
     space = imagenet_space()
-    sampler = Sampler(space, Constraints((), costs_of(space)))
+    sampler = Sampler(Problem(space, (), costs_of(space)))
     assert sampler.draw(random.Random(5)) == uniform_arch(space, random.Random(5))
 
 
@@ -84,14 +83,14 @@ def test_an_unreachable_limit_names_the_reachable_range_at_once():
     space = imagenet_space()
     start = time.perf_counter()
     with pytest.raises(UserError) as caught:
-        Sampler(space, Constraints((Limit("macs", high=100e6),), costs_of(space)))
+        check_limits(Problem(space, (Limit("macs", high=100e6),), costs_of(space)))
     assert time.perf_counter() - start < 1
     assert str(caught.value) == (
         "no architecture has macs <= 100M; reachable in this space: macs 199.97M to 773.4M; "
         "set the limits inside what is reachable"
     )
     low = parse_count("199.97M")
-    assert Sampler(space, Constraints((Limit("macs", high=low),), costs_of(space))).draw(random.Random(0))
+    assert Sampler(Problem(space, (Limit("macs", high=low),), costs_of(space))).draw(random.Random(0))
 
 
 def test_limits_that_exclude_each_other_name_what_the_others_leave():
@@ -101,5 +100,5 @@ def test_limits_that_exclude_each_other_name_what_the_others_leave():
     with pytest.raises(
         UserError, match="macs >= 750M and params <= 3M; reachable while the other limits are kept: macs"
     ):
-        Sampler(space, Constraints(limits, costs_of(space)))
+        check_limits(Problem(space, limits, costs_of(space)))
     assert time.perf_counter() - start < 5

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,17 +21,16 @@ from bsnas.engine.presets import imagenet_space
 from bsnas.engine.runs.rundir import RunDir, read_json
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, evolve
-from bsnas.search.algorithms.nsga2 import evolve_front, hypervolume, pareto_front, survivors
-from bsnas.search.algorithms.sampler import Sampler
-from bsnas.search.costs.chain import ChainCost
-from bsnas.search.costs.constraints import Constraints, Limit, format_cost
-from bsnas.search.costs.costs import PeakActivation, constraints_for, cost_ranges
+from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig
+from bsnas.search.algorithms.nsga2 import hypervolume, pareto_front, survivors
+from bsnas.search.algorithms.problem import Limit, Problem, format_cost
+from bsnas.search.algorithms.sampler import Sampler, check_limits
 from bsnas.search.evolve import EvolveArguments, refuse_unreachable
 from bsnas.search.latency import LatencyTableArguments, measure_table
 from bsnas.search.latency_tables.model import LatencyModel
 from bsnas.search.runs.finalists import LatencyTable, first_inside
-from bsnas.search.runs.searching import search
+from bsnas.search.runs.of_run import search_run
+from bsnas.search.runs.search import generations
 from tests import ROOT
 from tests.search.algorithms.test_evolution import Toy
 from tests.search.runs import small_space, untrained_run
@@ -67,18 +67,18 @@ def test_peak_activation_is_what_the_layers_hold():
             layer.register_forward_hook(note)
     network.tail.register_forward_pre_hook(lambda tail, inputs: enter(network.separable, inputs))
     network(torch.zeros(1, 3, 16, 16))
-    assert PeakActivation(space)(arch) == 4 * most
+    assert CostModel(space).activation_bytes(arch) == 4 * most
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**9).map(random.Random))
 def test_limits_on_the_peak_are_sampled_without_rejection(rng):
     space = random_space(rng, max_architectures=300)
-    peak = PeakActivation(space)
+    peak = CostModel(space).activation_bytes
     archs = all_archs(space)
     assert peak.range() == (min(map(peak, archs)), max(map(peak, archs)))
     limit = Limit("activation_bytes", high=peak(rng.choice(archs)))
-    sampler = Sampler(space, constraints_for(space, (limit,)))
+    sampler = Sampler(Problem.of(space, (limit,)))
     for _ in range(60):
         arch = sampler.draw(rng)
         space.check(arch)
@@ -87,10 +87,10 @@ def test_limits_on_the_peak_are_sampled_without_rejection(rng):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**9).map(random.Random))
-def test_the_smallest_network_of_a_chain_is_found(rng):
+def test_the_smallest_network_is_found(rng):
     space = random_space(rng, max_architectures=300)
     macs = CostModel(space).macs
-    arch = ChainCost(space, macs).smallest(space)
+    arch = macs.best(min)[1]
     space.check(arch)
     assert macs(arch) == min(map(macs, all_archs(space)))
 
@@ -98,13 +98,19 @@ def test_the_smallest_network_of_a_chain_is_found(rng):
 def test_four_limits_that_nothing_keeps_end_soon_with_every_range():
     space = imagenet_space()
     macs = CostModel(space).macs
+    latency = replace(
+        macs,
+        stem=macs.stem / 2e7,
+        block=lambda *place: macs.block(*place) / 2e7,
+        tail=lambda channels: macs.tail(channels) / 2e7,
+    )
     started = time.perf_counter()
     limits = (
         Limit("macs", low=700e6), Limit("params", high=4e6), Limit("latency_ms", high=25.0),
         Limit("activation_bytes", high=5e6),
     )  # fmt: skip
     with pytest.raises(UserError, match=r"no architecture has macs >= 700M and .* latency_ms <= 25 .*reachable"):
-        Sampler(space, constraints_for(space, limits, lambda arch: macs(arch) / 2e7))
+        check_limits(Problem.of(space, limits, latency=latency))
     assert time.perf_counter() - started < 5
 
 
@@ -147,20 +153,20 @@ def test_the_hypervolume_is_the_dominated_share_of_the_box():
 def test_nsga2_is_reproducible_continues_and_beats_a_search_per_budget():
     space = imagenet_space()
     toy = Toy(uniform_arch(space, random.Random(1)))
-    constraints = constraints_for(space, ())
+    problem = Problem.of(space, objectives=("top1", "macs"))
     config = EvolutionConfig.scaled(population=40, iterations=9, seed=0)
-    whole = list(evolve_front(space, constraints, toy, config, ("macs",)))
+    whole = list(generations(problem, config, toy))
     assert [len(g) for g in whole] == [40] * 10
     assert len(set(toy.asked)) == 400, "evaluated twice"
-    rest = list(evolve_front(space, constraints, Toy(toy.target), config, ("macs",), whole[:4]))
+    rest = list(generations(problem, config, Toy(toy.target), whole[:4]))
     assert whole[4:] == rest
-    ranges = cost_ranges(space, constraints, ("macs",))
+    ranges = {"macs": problem.costs["macs"].range()}
     low, high = ranges["macs"]
     parts = []
     for budget in np.linspace(low, high, 5)[1:]:
-        limited = constraints_for(space, (Limit("macs", high=float(budget)),))
+        limited = Problem.of(space, (Limit("macs", high=float(budget)),))
         small = EvolutionConfig.scaled(population=10, iterations=9, seed=0)
-        parts += [c for g in evolve(space, limited, toy, small) for c in g]
+        parts += [c for g in generations(limited, small, toy) for c in g]
     assert len(parts) == 400
     together = [c for g in whole for c in g]
     assert hypervolume(together, ("macs",), ranges) > hypervolume(parts, ("macs",), ranges)
@@ -169,10 +175,11 @@ def test_nsga2_is_reproducible_continues_and_beats_a_search_per_budget():
 def test_nsga2_keeps_limits():
     space = imagenet_space()
     toy = Toy(uniform_arch(space, random.Random(1)))
-    constraints = constraints_for(space, (Limit("macs", high=300e6), Limit("activation_bytes", high=6e6)))
+    limits = (Limit("macs", high=300e6), Limit("activation_bytes", high=6e6))
+    problem = Problem.of(space, limits, objectives=("top1", "macs", "params"))
     config = EvolutionConfig.scaled(population=12, iterations=2, seed=0)
-    for generation in evolve_front(space, constraints, toy, config, ("macs", "params")):
-        assert all(constraints.allow(c.arch) for c in generation)
+    for generation in generations(problem, config, toy):
+        assert all(problem.allows(c.arch) for c in generation)
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +195,9 @@ def test_a_search_under_latency_times_its_finalists(run, capsys):
     space = trained.supernet.space
     (file,) = run.latency.glob("model-*.json")
     table = LatencyTable.of(file, LatencyModel.load(file), space, foreign=False)
-    low, high = cost_ranges(space, constraints_for(space, (), table.predict), ("latency_ms",))["latency_ms"]
+    low, high = table.cost.range()
     limit = Limit("latency_ms", high=(low + high) / 2)
-    figures = search(trained, (limit, Limit("macs", high=50_000)), SMALL, None, table=table, finalists=3)
+    figures = search_run(trained, (limit, Limit("macs", high=50_000)), SMALL, None, table=table, finalists=3)
     assert figures["best"]["macs"] <= 50_000
     assert len(figures["finalists"]) == 3
     assert all(row["predicted_ms"] <= limit.high and row["measured_ms"] > 0 for row in figures["finalists"])
@@ -198,11 +205,11 @@ def test_a_search_under_latency_times_its_finalists(run, capsys):
     assert "predicted   measured" in printed
     assert read_json(run.search / "best.json")["latency_ms"] == figures["best"]["latency_ms"]
 
-    both = search(trained, (), SMALL, None, objectives=("top1", "macs", "latency"), table=table, finalists=2)
+    both = search_run(trained, (), SMALL, None, objectives=("top1", "macs", "latency"), table=table, finalists=2)
     assert both["pareto"] == len(read_json(run.search / "pareto.json"))
     assert 0 < both["hypervolume"] <= 1
     assert "top1-macs-latency-seed0" in both["file"]
-    assert search(trained, (), SMALL, None, objectives=("top1", "macs", "latency"), table=table)["reused"] == 18
+    assert search_run(trained, (), SMALL, None, objectives=("top1", "macs", "latency"), table=table)["reused"] == 18
 
 
 def test_the_slower_ones_of_the_finalists_are_passed_over():
@@ -270,7 +277,7 @@ def test_a_latency_has_both_ends(tmp_path):
 def test_lists_are_written_with_spaces_or_commas(tmp_path):
     assert EvolveArguments(run=tmp_path, objectives=("top1,macs", "latency")).goals == ("top1", "macs", "latency")
     assert EvolveArguments(run=tmp_path, budgets=("1M,2M", "3M")).all_budgets == ("1M", "2M", "3M")
-    assert isinstance(constraints_for(small_space(), ()), Constraints)
+    assert isinstance(Problem.of(small_space()), Problem)
 
 
 def test_the_best_macs_limit_is_judged_by_the_other_seeds():

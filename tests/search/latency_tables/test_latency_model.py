@@ -20,14 +20,13 @@ from bsnas.engine.release.onnx import OnnxFormat, compare_logits, export_onnx, o
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.search.backends.plain_onnx import write_plain_onnx
-from bsnas.search.costs.chain import ChainCost
 from bsnas.search.latency import LatencyTableArguments, measure_table
 from bsnas.search.latency_tables.bench import LatencyBench, base_ms
 from bsnas.search.latency_tables.fit import FORMS, best_fit, errors_of, kendall_tau
 from bsnas.search.latency_tables.model import LatencyModel, PartCost, find_model, refuse_other_device
 from bsnas.search.latency_tables.network_parts import PartTable
 from bsnas.search.latency_tables.part_stacks import stack, unit_scale
-from bsnas.search.latency_tables.store import LatencyContext, Timing, TimingStore
+from bsnas.search.latency_tables.timings import LatencyContext, Timing, TimingStore
 from tests.search.runs import small_space, untrained_run
 from tests.search.spaces import all_archs, random_space
 
@@ -174,9 +173,8 @@ def test_a_table_is_measured_in_pieces_and_predicts(tmp_path, monkeypatch, capsy
 
     model = LatencyModel.load(Path(figures["file"]))
     space = small_space()
-    predict = model.predictor(space)
-    chain = ChainCost(space, predict)
-    low, high = chain.range()
+    predict = model.cost(space)
+    low, high = predict.range()
     predicted = [predict(arch) for arch in all_archs(space)]
     assert (low, high) == (pytest.approx(min(predicted)), pytest.approx(max(predicted)))
     assert 0 <= low < high
@@ -212,7 +210,7 @@ def test_models_are_saved_loaded_and_predict_the_sum(tmp_path):
     model(space).save(tmp_path / "model.json")
     loaded = LatencyModel.load(tmp_path / "model.json")
     assert loaded == model(space)
-    assert loaded.predictor(space)(uniform_arch(space, random.Random(0))) == 0.5 + 6
+    assert loaded.cost(space)(uniform_arch(space, random.Random(0))) == 0.5 + 6
     damaged = json.loads((tmp_path / "model.json").read_text())
     damaged["parts"][next(iter(damaged["parts"]))]["ms"] = float("nan")
     for content in ({"parts": {}}, [], damaged):
@@ -224,10 +222,10 @@ def test_models_are_saved_loaded_and_predict_the_sum(tmp_path):
 def test_tables_of_something_else_are_refused(tmp_path):
     space = small_space()
     with pytest.raises(UserError, match="measured for other clusters or another resolution"):
-        model(replace(space, resolution=32)).predictor(space)
+        model(replace(space, resolution=32)).cost(space)
     lacking = model(space)
     with pytest.raises(UserError, match="lacks 1 parts of this space, as stem"):
-        replace(lacking, parts=dict(list(lacking.parts.items())[1:])).predictor(space)
+        replace(lacking, parts=dict(list(lacking.parts.items())[1:])).cost(space)
     with pytest.raises(UserError, match=r"than this: device a CPU, 1 threads and not a GPU; measure here with"):
         refuse_other_device(lacking, "a GPU", "torch 1", tmp_path / "t.json")
     with pytest.raises(UserError, match=r"than this: versions torch 1 and not torch 2; measure here with"):

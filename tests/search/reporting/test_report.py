@@ -133,7 +133,7 @@ def test_latency_by_block_is_the_tables(run: Path, report: str) -> None:
     parts = rows(run / "report/latency-blocks.csv")
     assert [row["part"] for row in parts] == ["stem", *(f"block {i}" for i in range(1, 6)), "tail"]
     total = model.offset_ms + sum(float(row["ms"]) for row in parts)
-    assert total == pytest.approx(model.predictor(facts.space)(facts.chosen))
+    assert total == pytest.approx(model.cost(facts.space)(facts.chosen))
 
 
 @settings(deadline=None)

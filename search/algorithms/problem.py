@@ -1,31 +1,16 @@
-"""Limits on what a released network may cost, and what to say when no architecture keeps them."""
+"""What a search is asked: a space, limits on what its networks may cost, and the costs to minimise beside accuracy."""
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.space.space import Arch, BlockOp
+from bsnas.engine.space.cost import Cost, CostModel
+from bsnas.engine.space.space import Arch, Space
 
-Cost = Callable[[Arch], float]
-"""What a released network costs, as MACs or parameters."""
-
-
-class Peak(Protocol):
-    """A cost that is the largest of its blocks' costs, and not their sum."""
-
-    @property
-    def stem(self) -> float:
-        """Of what every network begins with."""
-        ...
-
-    def block(self, index: int, before: int | None, channels: int, op: BlockOp) -> float: ...
-    def tail(self, channels: int) -> float: ...
-    def range(self) -> tuple[float, float]: ...
-
-
+OBJECTIVES = {"macs": "macs", "params": "params", "memory": "activation_bytes", "latency": "latency_ms"}
+"""Costs that a search can minimise, and the names they are stored under."""
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -60,38 +45,57 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Constraints:
-    """Limits that an architecture must all keep, with the functions that tell its costs."""
+class Problem:
+    """The best networks of a space are wanted, inside limits; with costs to minimise, the Pareto set of them."""
 
+    space: Space
+    """Only live operations are used."""
     limits: tuple[Limit, ...]
+    """All of them must be kept."""
     costs: Mapping[str, Cost]
-    """How each cost is told; at least those that are limited."""
-    peaks: Mapping[str, Peak] = field(default_factory=dict)
-    """Those of the costs that are peaks; all others are sums over blocks."""
+    """Every cost that is recorded with candidates, limited or not; at least those that are limited or minimised."""
+    minimised: tuple[str, ...] = ()
+    """Names of costs; none of them is the paper's search for the best top-1 alone."""
 
-    def allow(self, arch: Arch) -> bool:
+    @classmethod
+    def of(
+        cls,
+        space: Space,
+        limits: tuple[Limit, ...] = (),
+        *,
+        objectives: tuple[str, ...] = ("top1",),
+        latency: Cost | None = None,
+    ) -> "Problem":
+        """With every cost that can be told. `objectives` are top1 and names of `OBJECTIVES`."""
+        counted = CostModel(space)
+        costs = {"macs": counted.macs, "params": counted.params, "activation_bytes": counted.activation_bytes}
+        if latency is not None:
+            costs["latency_ms"] = latency
+        return cls(space, limits, costs, tuple(OBJECTIVES[name] for name in objectives if name != "top1"))
+
+    def allows(self, arch: Arch) -> bool:
         return all(limit.allows(self.costs[limit.cost](arch)) for limit in self.limits)
 
-    def __str__(self) -> str:
-        return " and ".join(map(str, self.limits)) or "no limits"
+    def costs_of(self, arch: Arch) -> dict[str, float]:
+        return {name: cost(arch) for name, cost in self.costs.items()}
 
+    def unreachable(self, reachable: Mapping[str, tuple[float, float]], where: str) -> UserError:
+        """The error for limits that no architecture keeps.
 
-def infeasible(limits: Sequence[Limit], reachable: Mapping[str, tuple[float, float]], where: str) -> UserError:
-    """The error for limits that no architecture keeps.
-
-    Args:
-        limits: the limits.
-        reachable: per limited cost, the smallest and largest value that can be had.
-        where: what `reachable` holds under, as `in this space`.
-    """
-    ranges = ", ".join(
-        f"{cost} {format_cost(cost, low, math.ceil)} to {format_cost(cost, high, math.floor)}"
-        for cost, (low, high) in reachable.items()
-    )
-    return UserError(
-        f"no architecture has {' and '.join(map(str, limits))}; reachable {where}: {ranges}; "
-        "set the limits inside what is reachable"
-    )
+        Args:
+            reachable: per limited cost, the smallest and largest value that can be had.
+            where: what `reachable` holds under, as `in this space`.
+        """
+        limited = {limit.cost for limit in self.limits}
+        ranges = ", ".join(
+            f"{cost} {format_cost(cost, low, math.ceil)} to {format_cost(cost, high, math.floor)}"
+            for cost, (low, high) in reachable.items()
+            if cost in limited
+        )
+        return UserError(
+            f"no architecture has {' and '.join(map(str, self.limits))}; reachable {where}: {ranges}; "
+            "set the limits inside what is reachable"
+        )
 
 
 def parse_count(text: str) -> int:

@@ -1,1 +1,0 @@
-"""Costs of networks and the limits on them."""

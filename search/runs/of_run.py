@@ -1,0 +1,114 @@
+"""A search of a trained run: its request, what scores it, the true latency of its last few, and its figures."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from bsnas.engine.evaluation.early_decisions import Place, Quotas
+from bsnas.engine.evaluation.evaluator import BatchNormMode, Evaluator, Score, weights_fingerprint
+from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.host.distributed import on_main
+from bsnas.engine.space.space import Arch
+from bsnas.search.algorithms.evolution import EvolutionConfig
+from bsnas.search.algorithms.nsga2 import hypervolume
+from bsnas.search.algorithms.problem import Limit, Problem
+from bsnas.search.runs.finalists import LatencyTable, evenly_spaced, time_finalists
+from bsnas.search.runs.history import History
+from bsnas.search.runs.printing import print_result
+from bsnas.search.runs.search import Evaluate, search
+
+
+def search_run(
+    trained: TrainedRun,
+    limits: tuple[Limit, ...],
+    config: EvolutionConfig,
+    bn: BatchNormMode | None,
+    *,
+    objectives: tuple[str, ...] = ("top1",),
+    table: LatencyTable | None = None,
+    finalists: int = 5,
+    confidence: float | None = None,
+) -> dict[str, Any]:
+    """Run or continue one search; the main process stores and shows it. Returns the figures of --json."""
+    process, space = trained.process, trained.supernet.space
+    problem = Problem.of(space, limits, objectives=objectives, latency=table.cost if table else None)
+    evaluator = trained.evaluator(bn)
+    scored_by = {
+        "weights": weights_fingerprint(trained.supernet),
+        "images": trained.search_val.fingerprint,
+        "bn": evaluator.bn,
+        **({} if confidence is None else {"confidence": str(confidence)}),
+    }
+    history = History.of(process, trained.run, problem, config, scored_by, _more(objectives, table))
+    evaluate: Evaluate = evaluator.evaluate
+    if confidence is not None:
+        complete = [c.arch for generation in history.load() for c in generation if c.complete]
+        evaluate = Race(evaluator, config.parents, confidence, complete)
+    result = search(problem, config, evaluate, history)
+    figures: dict[str, Any] = {
+        "evaluations": len(result.found),
+        "reused": result.reused,
+        "decided_early": sum(not candidate.complete for candidate in result.found),
+        "limits": history.request["limits"],
+        "objectives": list(objectives),
+        "pareto": len(result.front),
+        "file": str(history.file),
+    }
+    if problem.minimised:
+        ranges = {name: problem.costs[name].range() for name in problem.minimised}
+        figures["hypervolume"] = hypervolume(result.front, problem.minimised, ranges)
+    best = result.inside[0]
+    if process.is_main:
+        print_result(best, result.front, history.file)
+    if table is not None and table.local and finalists:
+        few = evenly_spaced(result.front, finalists) if problem.minimised else result.inside[:finalists]
+        best, figures["finalists"] = on_main(process, lambda: time_finalists(table, problem, few, best))
+    history.publish(best, result.front)
+    return {"best": {"arch": str(best.arch), **best.costs, "top1": best.top1}, **figures}
+
+
+def _more(objectives: tuple[str, ...], table: LatencyTable | None) -> dict[str, Any]:
+    """What a request says beside limits and evolution; nothing for the paper's search."""
+    more: dict[str, Any] = {}
+    if len(objectives) > 1:
+        more["objectives"] = list(objectives)
+    if table is not None:
+        costs = {name: part.ms for name, part in table.model.parts.items()}
+        content = json.dumps([asdict(table.model.context), table.model.offset_ms, costs], sort_keys=True)
+        more["latency"] = {
+            "backend": table.model.context.backend,
+            "batch": table.model.context.batch,
+            "precision": table.model.context.precision,
+            "table": hashlib.sha256(content.encode()).hexdigest()[:16],
+        }
+    return more
+
+
+class Race:
+    """An `Evaluate` that scores a generation only as far as it takes to know, at a stated confidence, which of its
+    architectures can become parents.
+
+    New architectures and the best so far are compared image by image. One that is certainly not among the best
+    `parents` sees no more images, and its score is marked as not complete; those that are among them see all.
+    """
+
+    def __init__(self, evaluator: Evaluator, parents: int, confidence: float, known: Sequence[Arch] = ()) -> None:
+        """`known` are architectures of an interrupted search whose scores are complete."""
+        self._evaluator = evaluator
+        self._parents = parents
+        self._confidence = confidence
+        self._complete: dict[Arch, Score] = dict(zip(known, evaluator.evaluate(known), strict=True))
+
+    def __call__(self, archs: Sequence[Arch]) -> list[Score]:
+        """Scores in order. Raises `UserError` as `Evaluator.place` does."""
+        best = sorted(self._complete, key=lambda arch: (-self._complete[arch].top1, self._complete[arch].loss))
+        contenders = [*best[: self._parents], *archs]
+        quotas = Quotas(best=min(self._parents, len(contenders)))
+        placement = self._evaluator.place(contenders, quotas, confidence=self._confidence)
+        winners = [arch for arch, place in zip(contenders, placement.places, strict=True) if place is Place.BEST]
+        self._complete |= dict(zip(winners, self._evaluator.evaluate(winners), strict=True))
+        scores = self._evaluator.seen_so_far(archs)
+        self._complete |= {arch: score for arch, score in zip(archs, scores, strict=True) if score.complete}
+        return scores

@@ -1,0 +1,98 @@
+"""One search: how its generations are made, scored, stored and ranked.
+
+A generation is evaluated in one batch, so that subnets with common beginnings share their computation. Limits are
+checked before evaluation, nothing is evaluated twice, and the last generation is ranked like every other. A generation
+depends only on the settings and the generations before it: a search that continues from stored generations ends
+exactly like one that was never interrupted.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from bsnas.engine.evaluation.evaluator import Score
+from bsnas.engine.space.space import Arch
+from bsnas.search.algorithms.evolution import (
+    Candidate,
+    EvolutionConfig,
+    Generation,
+    accuracy_front,
+    breed,
+    ranked,
+)
+from bsnas.search.algorithms.nsga2 import breed_front, pareto_front
+from bsnas.search.algorithms.problem import Problem
+from bsnas.search.algorithms.sampler import Sampler
+from bsnas.search.runs.history import History
+from bsnas.search.runs.printing import print_generation
+
+Evaluate = Callable[[list[Arch]], Sequence[Score]]
+"""Scores of architectures, in order."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search found."""
+
+    found: list[Candidate]
+    """Its own candidates, in order."""
+    reused: int
+    """How many of them were known before."""
+    inside: list[Candidate]
+    """All candidates inside the limits, those of comparable searches among them, the best first."""
+    front: list[Candidate]
+    """Those that no other beats in accuracy and MACs, or in the objectives where several were asked for."""
+
+
+def search(problem: Problem, config: EvolutionConfig, evaluate: Evaluate, history: History) -> Result:
+    """Run or continue one search. Every generation is stored before the next one begins."""
+    done = history.load()
+    others = [replace(other, costs=problem.costs_of(other.arch)) for other in history.comparable()]
+    known = {candidate.arch for rows in (*done, others) for candidate in rows}
+    front_of = partial(pareto_front, costs=problem.minimised) if problem.minimised else accuracy_front
+    loaded, started = len(done), time.perf_counter()
+    for generation in generations(problem, config, evaluate, done):
+        done.append(generation)
+        history.save(done)
+        if history.process.is_main:
+            so_far = ranked(_all(done))
+            seconds = time.perf_counter() - started
+            print_generation(so_far[0], len(front_of(so_far)), done, config.iterations, loaded, seconds)
+    found = _all(done)
+    inside = ranked([*found, *(other for other in others if problem.allows(other.arch))])
+    front = front_of(inside if problem.minimised else [*found, *others])
+    return Result(found, sum(candidate.arch in known for candidate in found), inside, front)
+
+
+def generations(
+    problem: Problem, config: EvolutionConfig, evaluate: Evaluate, done: Sequence[Generation] = ()
+) -> Iterator[Generation]:
+    """Yield every generation after its evaluation, from the first that `done` does not hold.
+
+    Args:
+        problem: with costs to minimise, NSGA-II breeds the generations; else the paper's evolution.
+        config: sizes, probabilities and seed.
+        evaluate: called once per generation with architectures never evaluated before.
+        done: generations of an interrupted search with the same arguments.
+
+    Ends early when the limits leave nothing new to evaluate. Raises `UserError` when no architecture keeps the limits.
+    """
+    next_generation, seed = (breed_front, "front") if problem.minimised else (breed, "generation")
+    sampler = Sampler(problem)
+    found = list(done)
+    while len(found) <= config.iterations:
+        rng = random.Random(f"{config.seed}/{seed}/{len(found)}")
+        archs = next_generation(sampler, _all(found), config, rng)
+        if not archs:
+            if not any(found):
+                raise sampler.nothing_found()
+            return
+        scores = zip(archs, evaluate(archs), strict=True)
+        found.append([Candidate(a, problem.costs_of(a), s.top1, s.top5, s.loss, s.complete) for a, s in scores])
+        yield found[-1]
+
+
+def _all(generations: Sequence[Generation]) -> list[Candidate]:
+    return [candidate for generation in generations for candidate in generation]
