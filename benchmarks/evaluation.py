@@ -38,6 +38,8 @@ class EvaluationArguments:
 
     cases: tuple[CaseName, ...] = ("full-36", "full-360", "shrunk-360", "shrunk-1000")
     """Space and number of models."""
+    resolution: int = 64
+    """Height and width in pixels that the images, 28 or 8 pixels wide, are scaled up to."""
     images: int = 1000
     """Images that each model is scored on."""
     recalibration_images: int = 2000
@@ -64,8 +66,10 @@ class EvaluationArguments:
     """File (.png or .svg) for a plot of time against the number of models."""
 
     def __post_init__(self) -> None:
-        if min(self.images, self.repeats, self.train_steps) < 1 or not self.cases:
-            raise UserError("images, repeats and train_steps must be at least 1, and one case must be given")
+        if min(self.images, self.repeats, self.train_steps, self.resolution) < 1 or not self.cases:
+            raise UserError(
+                "images, repeats, train_steps and resolution must be at least 1, and one case must be given"
+            )
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"device {self.device} is not there; use --device cpu")
 
@@ -74,21 +78,23 @@ def main() -> None:
     arguments = parse(EvaluationArguments, __doc__, sys.argv[1:])
     console = Console(stderr=True)
     device = torch.device(arguments.device)
-    data = load_images(TRAINING_IMAGES, TRAINING_IMAGES + arguments.images)
+    pixels = arguments.resolution
+    data = load_images(TRAINING_IMAGES, TRAINING_IMAGES + arguments.images, pixels)
     cache = Path(arguments.cache_dir).expanduser()
-    supernet = trained_supernet(arguments.train_steps, cache, device, console)
-    recalibration = load_images(0, arguments.recalibration_images) if arguments.recalibration_images else None
+    supernet = trained_supernet(arguments.train_steps, pixels, cache, device, console)
+    recalibrating = arguments.recalibration_images
+    recalibration = load_images(0, recalibrating, pixels) if recalibrating else None
     rows: list[dict[str, Any]] = []
     for name in arguments.cases:
         kind, count = name.split("-")
-        net = supernet if kind == "full" else supernet.shrunk(shrunk_space(full_space())).eval()
+        net = supernet if kind == "full" else supernet.shrunk(shrunk_space(full_space(pixels))).eval()
         console.print(f"{name}: {count} models x {arguments.images} images")
         case = Case(kind, int(count), net, data, recalibration, device)
         row = measure_case(case, arguments, console)
         rows.append(row)
         _show(console, row)
-        figures = {**provenance(), "device": _device_name(device), "torch": torch.__version__, "cases": rows}
-        write_figures(arguments.json, figures)
+        figures = {**provenance(), "device": _device_name(device), "torch": torch.__version__}
+        write_figures(arguments.json, {**figures, "resolution": pixels, "cases": rows})
     if arguments.plot is not None:
         from bsnas.benchmarks.parts.scoring.plot import plot
 

@@ -16,7 +16,7 @@ PAGES = [
     *sorted({*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"}),
 ]  # fmt: skip
 """In the order in which their commands run; a page twice in it counts once."""
-PROGRAMS = ("python", "deepspeed", "make", ".venv/bin/python")
+PROGRAMS = ("python", "deepspeed", "make", ".venv/bin/python", "bash")
 
 
 @dataclass(frozen=True)

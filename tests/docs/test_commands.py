@@ -91,6 +91,9 @@ def test_a_command_is_understood_by_its_script(command: Command, monkeypatch: py
     if command.words[0] == "make":
         subprocess.run(["make", "--dry-run", *command.words[1:]], check=True, capture_output=True)
         return
+    if command.words[0] == "bash":  # a script of ours that lists what it would do
+        subprocess.run([*command.words, "--list"], check=True, capture_output=True)
+        return
     launcher, script, options = script_and_options(command)
     if command.words[0] == "deepspeed":
         understood = runner.parse_args([*launcher, script, *options])

@@ -233,7 +233,7 @@ else:
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=ROOT)
 
 
-BUILD = "from kernels import native; import ctypes; assert native.why_not() is None, native.why_not(); print('built')"
+BUILD = "from bsnas.kernels.cpu import native; assert native.why_not() is None, native.why_not(); print('built')"
 
 
 def build(cache: Path) -> "subprocess.Popen[str]":

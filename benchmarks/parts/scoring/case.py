@@ -1,4 +1,4 @@
-"""What the evaluation benchmark scores: real images, a trained supernet of Table 1 at 64x64, full and shrunk spaces."""
+"""What the evaluation benchmark scores: real images, a trained supernet of Table 1, its full and shrunk spaces."""
 
 import gzip
 import hashlib
@@ -18,7 +18,6 @@ from bsnas.engine.presets import imagenet_space
 from bsnas.engine.space.sampling import fair_round
 from bsnas.engine.space.space import Space
 
-RESOLUTION = 64
 TRAINING_IMAGES = 6000
 BATCH = 32
 LEARNING_RATE = 0.05
@@ -41,8 +40,8 @@ class ImageArrays:
         return replace(self, images=self.images[:count], labels=self.labels[:count], fingerprint=identity)
 
 
-def load_images(start: int, stop: int) -> ImageArrays:
-    """Training images of Fashion-MNIST where Debian's package is installed, else of scikit-learn's digits, at 64x64.
+def load_images(start: int, stop: int, resolution: int) -> ImageArrays:
+    """Training images of Fashion-MNIST where Debian's package is installed, else of scikit-learn's digits, scaled up.
 
     Those from start to stop - 1 of a random order; digits repeat when there are fewer. The test images are not read.
     """
@@ -60,13 +59,13 @@ def load_images(start: int, stop: int) -> ImageArrays:
         gray, labels = np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
     chosen = np.array(visiting_order(len(labels)))[np.arange(start, stop) % len(labels)]
     pixels = torch.from_numpy(gray[chosen]).float()[:, None]
-    pixels = F.interpolate(pixels, size=(RESOLUTION, RESOLUTION), mode="bilinear").round().byte()
+    pixels = F.interpolate(pixels, size=(resolution, resolution), mode="bilinear").round().byte()
     images = pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy()
-    return ImageArrays(images, labels[chosen].astype(np.int64), f"{name} {start} {stop}")
+    return ImageArrays(images, labels[chosen].astype(np.int64), f"{name} {start} {stop} at {resolution}")
 
 
-def full_space() -> Space:
-    return replace(imagenet_space(classes=10), resolution=RESOLUTION, live=())
+def full_space(resolution: int) -> Space:
+    return replace(imagenet_space(classes=10), resolution=resolution, live=())
 
 
 def shrunk_space(space: Space, operations: int = 3) -> Space:
@@ -80,9 +79,9 @@ def shrunk_space(space: Space, operations: int = 3) -> Space:
     return space.with_live(live)
 
 
-def trained_supernet(steps: int, cache: Path, device: torch.device, console: Console) -> Supernet:
+def trained_supernet(steps: int, resolution: int, cache: Path, device: torch.device, console: Console) -> Supernet:
     """A supernet of the full space with nested weights, trained by fair rounds of single paths; kept in `cache`."""
-    space, images = full_space(), load_images(0, TRAINING_IMAGES)
+    space, images = full_space(resolution), load_images(0, TRAINING_IMAGES, resolution)
     identity = f"{space.fingerprint} {images.fingerprint} {steps} {BATCH} {LEARNING_RATE}"
     file = cache / f"benchmark-supernet-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.pt"
     torch.manual_seed(0)

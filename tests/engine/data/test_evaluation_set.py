@@ -74,7 +74,8 @@ def test_a_second_call_and_another_process_reuse_the_file(place, monkeypatch):
     assert isinstance(second.images, np.memmap)
     assert not second.images.flags.writeable
     program = (
-        "import sys; from engine import evaluation_set as module; from bsnas.engine.data.dataset import open_dataset; "
+        "import sys; from bsnas.engine.data.loading import evaluation_set as module; "
+        "from bsnas.engine.data.dataset import open_dataset; "
         "from tests.engine.data.cases import folder_config; "
         "module.decode_images = None; config = folder_config(*sys.argv[1:]); "
         "print(module.evaluation_set(open_dataset(config).open_test(), config).fingerprint)"

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("nvidia.dali")
+
 from nvidia.dali import pipeline_def
 
 from bsnas.engine.data.dataset import DataConfig, open_dataset
