@@ -34,9 +34,9 @@ from bsnas.engine.config import Precision
 from bsnas.engine.data.dataset import DataConfig, open_dataset
 from bsnas.engine.data.file_list import FileList
 from bsnas.engine.data.loading.loader import TrainLoader
-from bsnas.engine.host.cli import parse, write_figures
 from bsnas.engine.host.console import hide_libraries
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.presets import preset
 from bsnas.engine.runs.commands import hardware
 

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from bsnas.engine.host.atomic import build_directory
-from bsnas.engine.host.cli import parse
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import parse, run
 
 PIXELS = 32
 CLASSES = tuple(product((0.0, 22.5, 45.0, 67.5, 90.0), (5.0, 9.0)))
