@@ -11,7 +11,7 @@ STEPS=(
     "throughput-large-graphs  10  -  gpu,triton,dali,deepspeed  -        and with CUDA graphs?"
     "loader                   10  5  dali                       -        how many images do the CPU cores decode?"
     "augmentations            10  5  dali                       -        what does each augmentation cost, and is it right?"
-    "tune                     20  -  gpu,triton                 -        which tiles are best? writes kernels/configs/"
+    "tune                     20  -  gpu,triton                 -        which tiles are best? writes kernels/gpu/configs/"
     "kernel-speed             25  5  triton                     -        how near do the kernels come to their floors?"
     "evaluation               25  8  torch                      -        how fast are subnets scored at 224x224?"
     "evaluation-graphs        15  -  gpu,triton                 -        and with CUDA graphs?"

@@ -1,4 +1,4 @@
-"""Regenerate kernels/configs/<gpu>.json: the best tiles of every kernel and shape class of the paper's Table 1.
+"""Regenerate kernels/gpu/configs/<gpu>.json: the best tiles of every kernel and shape class of the paper's Table 1.
 
     python benchmarks/tune_kernels.py --batch 256 --seconds 300
 

@@ -4,7 +4,7 @@
 // input into a small padded plane, and a backward pass recomputes them the same way. Statistics are taken per image
 // and merged in the order of the images, so no result depends on the number of threads.
 //
-// Compiled at first use by kernels/native.py, for float and double.
+// Compiled at first use by kernels/cpu/native.py, for float and double.
 
 #include <algorithm>
 #include <cstdint>
