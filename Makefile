@@ -1,6 +1,9 @@
 # make env    .venv with everything installed
 # make demo   the whole pipeline on the embedded digits
 # make test   lint, type check and the test suite
+# make kernels  compiles every Triton kernel for every GPU: about half an hour on two cores, which make test needs only
+#             where a kernel, a tile or Triton has changed
+# make budgets  the same, and records what the compiler made of them; to be committed with the change
 # make docs   the documentation as a site, build/docs/index.html
 # CUDA=12     takes DALI's wheel for CUDA 12 instead of 13 (either runs without a GPU)
 
@@ -9,11 +12,12 @@ CUDA ?= 13
 RUN ?= runs/digits
 VENV := .venv
 BIN := $(VENV)/bin
-# Compiles every kernel for sm_80 and sm_90. It takes minutes, and comes last so that both cores share it.
+# Compiles kernels for sm_80, 89, 90, 100 and 120: a sample in a minute or two where nothing has changed since
+# budgets.json was recorded. It comes last so that both cores share it.
 COMPILED := tests/kernels/test_ahead_of_time.py
 INSTALLED := $(VENV)/.installed-cuda$(CUDA)
 
-.PHONY: env demo test lint docs clean
+.PHONY: env demo test kernels budgets lint docs clean
 
 env: $(INSTALLED)
 
@@ -30,6 +34,12 @@ demo: env
 test: env lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=$(COMPILED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(COMPILED)
+
+kernels: env
+	BSNAS_KERNELS_COMPILED=all $(BIN)/python -m pytest -n 2 --dist worksteal $(COMPILED)
+
+budgets: env
+	BSNAS_KERNELS_COMPILED=record $(BIN)/python -m pytest -n 2 --dist worksteal $(COMPILED) -k every_launch_compiles
 
 lint: env
 	$(BIN)/ruff check .

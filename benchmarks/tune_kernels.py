@@ -187,11 +187,11 @@ def rule(case: Case) -> PointwiseConfig | DepthwiseConfig | None:
     gpu = configs.gpu_of(torch.device("cuda" if torch.cuda.is_available() else "meta"))
     if case.operation == "depthwise_forward":
         width = output_size(case.size, case.stride)
-        return configs.depthwise_rule(case.kernel, case.stride, width, torch.bfloat16, gpu.before_hopper)
+        return configs.depthwise_rule(case.kernel, case.stride, width, torch.bfloat16, gpu.operands_in_registers)
     if case.operation == "depthwise_backward":
         return configs.depthwise_backward_rule(case.kernel, case.stride, case.size)
     small = case.rows < 256 * gpu.multiprocessors
-    return configs.pointwise_rule(case.operation, small, False, case.inner, case.outer, gpu.before_hopper)
+    return configs.pointwise_rule(case.operation, small, False, case.inner, case.outer, gpu.operands_in_registers)
 
 
 def _compile(case: Case, config: PointwiseConfig | DepthwiseConfig, capability: int) -> str | None:

@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import subprocess
 import warnings
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -16,6 +18,7 @@ from bsnas.kernels.cpu import native
 Backend = Literal["reference", "triton", "onednn"]
 Norms = tuple[nn.BatchNorm2d | None, nn.BatchNorm2d, nn.BatchNorm2d]
 
+DRIVER_NOT_BUILT = "Triton's driver cannot be built here"
 _forced: str | None = None
 
 
@@ -42,31 +45,65 @@ def forced_backend() -> str | None:
 
 def why_not(name: str, x: Tensor) -> str | None:
     """Why the backend cannot train on x, or None when it can."""
+    return _why_not(name, x.device, x.dtype, reference.compute_dtype(x))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@lru_cache
+def _why_not(name: str, device: torch.device, dtype: torch.dtype, computed: torch.dtype) -> str | None:
+    """What does not change while a process lives, and is asked at every operation of every pass."""
     if name == "triton":
-        return why_not_triton(x, reference.compute_dtype(x))
+        return why_not_triton(device, computed)
     if name == "onednn":
-        if x.device.type != "cpu":
-            return f"it runs on the CPU and the tensor is on {x.device.type}"
-        if reference.compute_dtype(x) != x.dtype or x.dtype not in (torch.float32, torch.float64):
-            return f"it trains in float32 or float64, not in {reference.compute_dtype(x)}"
+        if device.type != "cpu":
+            return f"it runs on the CPU and the tensor is on {device.type}"
+        if computed != dtype or dtype not in (torch.float32, torch.float64):
+            return f"it trains in float32 or float64, not in {computed}"
         return native.why_not() if torch.backends.mkldnn.is_available() else "this torch has no oneDNN"
     return None
 
 
-def why_not_triton(x: Tensor, dtype: torch.dtype) -> str | None:
-    """Why Triton's kernels cannot run on x, computing in dtype, or None when they can."""
-    kind = x.device.type
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@lru_cache
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels cannot run on a device, computing in dtype, or None when they can."""
+    kind = device.type
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs an NVIDIA GPU (or TRITON_INTERPRET=1) and the tensor is on {kind}"
     if kind == "cuda" and torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
-    if kind == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if kind == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs compute capability 8.0 or newer"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it computes in float32, bfloat16 or float16, not in {dtype}"
+    return _driver_fault() if kind == "cuda" else None
+
+
+@lru_cache
+def _driver_fault() -> str | None:
+    """Why Triton cannot launch, beginning with DRIVER_NOT_BUILT, or None. Its driver, in C, is built at first use."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()
+    except (RuntimeError, OSError, AssertionError, subprocess.CalledProcessError) as error:
+        return (
+            f"{DRIVER_NOT_BUILT}: {str(error).strip() or type(error).__name__}; install a C compiler and Python's "
+            "headers (apt-get install gcc python3-dev), or name a compiler in CC"
+        )
     return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@lru_cache
+def warn_of(reason: str) -> None:
+    """Say once that plain torch runs in place of kernels that one installation away would be there."""
+    if reason.startswith(native.NOT_BUILT):
+        warnings.warn(f"blocks train on plain torch, about half as fast: {reason}", stacklevel=4)
+    if reason.startswith(DRIVER_NOT_BUILT):
+        warnings.warn(f"blocks run on plain torch, which is slower: {reason}", stacklevel=4)
 
 
 def choose_backend(x: Tensor, backend: str | None = None) -> str:
@@ -83,9 +120,10 @@ def _chosen(x: Tensor, forced: str | None) -> str:
     if forced is None:
         fastest = "triton" if x.device.type == "cuda" else "onednn"
         reason = why_not(fastest, x)
-        if reason is not None and reason.startswith(native.NOT_BUILT):
-            warnings.warn(f"blocks train on plain torch, about half as fast: {reason}", stacklevel=2)
-        return fastest if reason is None else "reference"
+        if reason is None:
+            return fastest
+        warn_of(reason)
+        return "reference"
     reason = why_not(_known(forced), x)
     if reason is not None:
         raise RuntimeError(f"backend {forced!r} cannot run: {reason}; use 'reference', or force none")

@@ -14,7 +14,8 @@ operation runs without its graph.
 
 import os
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,17 @@ def set_cuda_graphs(on: bool | None) -> None:
     """Turn CUDA graphs on or off; None leaves it to BSNAS_CUDA_GRAPHS (1 is on)."""
     global _switch
     _switch = on
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Within it nothing is captured."""
+    global _switch
+    before, _switch = _switch, False
+    try:
+        yield
+    finally:
+        _switch = before
 
 
 def switched_on() -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bsnas.kernels.cpu.inference import OneDNN
-from bsnas.kernels.dispatch import forced_backend, why_not_triton
+from bsnas.kernels.dispatch import forced_backend, warn_of, why_not_triton
 
 
 def fold_norm(norm: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -164,7 +164,7 @@ def why_not(name: str, x: Tensor) -> str | None:
     if name == "reference":
         return None
     if name == "triton":
-        return why_not_triton(x, x.dtype)
+        return why_not_triton(x.device, x.dtype)
     if name != "onednn":
         return "it is unknown; allowed are reference, onednn, triton"
     if x.device.type != "cpu":
@@ -179,4 +179,8 @@ def why_not(name: str, x: Tensor) -> str | None:
 
 def _fastest(x: Tensor) -> str:
     fastest = "triton" if x.device.type == "cuda" else "onednn"
-    return fastest if why_not(fastest, x) is None else "reference"
+    reason = why_not(fastest, x)
+    if reason is None:
+        return fastest
+    warn_of(reason)
+    return "reference"

@@ -17,7 +17,7 @@ from bsnas.kernels.gpu.support import alignment, bn_backward, cdiv, int64, merge
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["M", "C_units", "rows_per_program"])
 def statistics_kernel(
     y, partial, counts, M, C_units, rows_per_program,
     ALIGN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
@@ -67,11 +67,12 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["P", "C_units"])
 def finalize_kernel(
-    partial, counts, gamma, beta, running_mean, running_var, batches, stats, P, C, M, momentum, eps,
-    TRAINING: tl.constexpr, CUMULATIVE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    partial, counts, gamma, beta, running_mean, running_var, batches, stats, P, C_units, M, momentum, eps,
+    ALIGN: tl.constexpr, TRAINING: tl.constexpr, CUMULATIVE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    C = C_units * ALIGN
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
     old_mean = tl.load(running_mean + c, mask=inside, other=0.0)
@@ -129,11 +130,12 @@ def finalize(
     if partials is not None and momentum is None:
         batches.add_(1)
     partial, counts = partials if partials is not None else (stats, stats)
+    align = alignment(channels)
     block_c = 16
     finalize_kernel[(cdiv(channels, block_c),)](
         partial, counts, gamma, beta, running_mean, running_var, batches, stats,
-        partial.shape[0], channels, float(rows), float(momentum or 0.0), eps,
-        TRAINING=partials is not None, CUMULATIVE=momentum is None, BP=128, BC=block_c, num_warps=4,
+        partial.shape[0], channels // align, float(rows), float(momentum or 0.0), eps,
+        ALIGN=align, TRAINING=partials is not None, CUMULATIVE=momentum is None, BP=128, BC=block_c, num_warps=4,
     )  # fmt: skip
     return stats
 
@@ -142,7 +144,7 @@ def finalize(
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["M", "C_units"])
 def apply_kernel(
     y, stats, residual, z, M, C_units,
     ALIGN: tl.constexpr, RELU6: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
@@ -179,7 +181,7 @@ def apply(y: Tensor, stats: Tensor, z: Tensor, *, relu6: bool = False, residual:
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["M", "C_units", "rows_per_program"])
 def gradient_sums_kernel(
     grad, y, stats, partial, M, C_units, rows_per_program,
     ALIGN: tl.constexpr, RELU6: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
@@ -230,11 +232,12 @@ def gradient_sums(grad: Tensor, y: Tensor, stats: Tensor, *, relu6: bool = False
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["P", "C_units"])
 def finalize_backward_kernel(
-    partial, stats, coefficients, grad_gamma, grad_beta, P, C, M,
-    TRAINING: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    partial, stats, coefficients, grad_gamma, grad_beta, P, C_units, M,
+    ALIGN: tl.constexpr, TRAINING: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    C = C_units * ALIGN
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
     p = tl.arange(0, BP)
@@ -269,16 +272,17 @@ def finalize_backward(partial: Tensor, stats: Tensor, rows: int, training: bool)
     coefficients = torch.empty((3, channels), device=stats.device, dtype=torch.float32)
     grad_gamma = torch.empty((channels,), device=stats.device, dtype=torch.float32)
     grad_beta = torch.empty_like(grad_gamma)
+    align = alignment(channels)
     block_c = 16
     finalize_backward_kernel[(cdiv(channels, block_c),)](
-        partial, stats, coefficients, grad_gamma, grad_beta, partial.shape[0], channels, float(rows),
-        TRAINING=training, BP=64, BC=block_c, num_warps=4,
+        partial, stats, coefficients, grad_gamma, grad_beta, partial.shape[0], channels // align, float(rows),
+        ALIGN=align, TRAINING=training, BP=64, BC=block_c, num_warps=4,
     )  # fmt: skip
     return coefficients, grad_gamma, grad_beta
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["M", "C_units"])
 def apply_backward_kernel(
     grad, y, coefficients, out, M, C_units, ALIGN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr
 ):

@@ -25,16 +25,15 @@ class Gpu(NamedTuple):
     """What a choice of tiles depends on."""
 
     name: str
-    """For file names: "NVIDIA H100 80GB HBM3" is "nvidia-h100"; memory size and form do not choose tiles."""
-    before_hopper: bool
-    """Without wgmma, which reads operands from shared memory: more of a product lies in registers."""
+    """For file names, see `model`."""
+    operands_in_registers: bool
+    """A product's operands lie in registers beside its sums; wgmma and tcgen05 read them from shared memory."""
     multiprocessors: int
     shared_memory: int
     """Bytes that one program may have."""
 
 
-H100 = Gpu("nvidia-h100", before_hopper=False, multiprocessors=132, shared_memory=227 * 1024)
-A100 = Gpu("nvidia-a100", before_hopper=True, multiprocessors=108, shared_memory=163 * 1024)
+H100 = Gpu("nvidia-h100", operands_in_registers=False, multiprocessors=132, shared_memory=227 * 1024)
 _INTERPRETER = H100._replace(name="", multiprocessors=1)  # so that its grids stay small
 _meta = H100
 
@@ -59,13 +58,22 @@ def gpu_of(device: torch.device) -> Gpu:
 @lru_cache
 def _cuda(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
-    words = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).split("-")
     return Gpu(
-        "-".join(words[:2]),
-        before_hopper=properties.major < 9,
+        model(properties.name),
+        operands_in_registers=properties.major not in (9, 10, 11),  # consumer Blackwell, 12, has the older mma alone
         multiprocessors=properties.multi_processor_count,
         shared_memory=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # stubs lack it
     )
+
+
+def model(name: str) -> str:
+    """Words up to the model's number: "NVIDIA H100 80GB HBM3" is "nvidia-h100", a GeForce RTX 4070 is not a 4090.
+
+    Memory size and form, which follow it, do not choose tiles.
+    """
+    found = re.match(r"\D*\S*", re.sub(r"[^a-z0-9]+", " ", name.lower()).strip())
+    assert found
+    return found[0].strip().replace(" ", "-")
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -82,11 +90,6 @@ class PointwiseConfig(NamedTuple):
     stages: int
     waves: int
     """Programs per multiprocessor that the rows are split into."""
-
-    def fitting(self, gpu: Gpu, itemsize: int) -> "PointwiseConfig":
-        """With as many stages as have room for both operands in shared memory."""
-        room = gpu.shared_memory // ((self.block_m + self.block_n) * self.block_k * itemsize)
-        return self if self.stages <= room else self._replace(stages=max(1, room))
 
 
 class DepthwiseConfig(NamedTuple):
@@ -122,27 +125,31 @@ def depthwise_class(x: Tensor, kernel: int, stride: int) -> str:
 
 @lru_cache(maxsize=4096)
 def pointwise_rule(
-    operation: str, small: bool, float32: bool, inner: int, outer: int, before_hopper: bool
+    operation: str, small: bool, float32: bool, inner: int, outer: int, operands_in_registers: bool
 ) -> PointwiseConfig | None:
     """The default tiles. `small`: too few rows to fill a GPU with tall tiles. None: see `expand_backward_config`."""
     narrow = max(next_power_of_2(outer), 16)
     sums = cdiv(inner, 64) * 64 * narrow  # of a weight gradient of the expansion, in registers
-    if before_hopper and float32:  # less to a thread, for operands are split in two there
+    if operands_in_registers and float32:  # less to a thread, for operands are split in two there
         if operation == "pointwise_forward":
             return PointwiseConfig(64, min(narrow, 64), min(max(next_power_of_2(inner), 16), 32), 8, 3, 4)
         if operation == "pointwise_forward_prologue":
             return PointwiseConfig(64, min(narrow, 128), 16, 8, 3, 4)
         if operation == "input_gradient":
             return PointwiseConfig(64, min(narrow, 64), 32, 8, 3, 1)
-    elif before_hopper:  # tiles whose sums and operands are in registers together
-        if operation == "pointwise_forward_prologue" and narrow == 64:
-            return PointwiseConfig(64, 64, 64, 8, 3, 4)
+    elif operands_in_registers:  # tiles whose sums and operands are in registers together
+        if operation == "pointwise_forward" and inner > 32 and narrow >= 64:
+            return PointwiseConfig(64 if small else 128, 64, 64, 8, 3, 4)
+        if operation == "pointwise_forward_prologue" and narrow in (32, 64):
+            return PointwiseConfig(64, narrow, narrow, narrow // 8, 3, 4)
         if operation == "project_backward":
             return PointwiseConfig(64, 32, min(narrow, 64), 8, 2, 4)
         if operation == "expand_backward" and sums >= 8192:
             return PointwiseConfig(64, narrow, 32, 8, 1, 2) if sums <= 12288 else None
+        if operation == "expand_backward" and sums > 4096:
+            return PointwiseConfig(32, narrow, 64, 8, 2, 2)
         if operation == "weight_gradient":
-            return PointwiseConfig(64, 32, min(narrow, 64), 8, 2, 2)
+            return PointwiseConfig(64 if outer <= 256 else 32, 32, min(narrow, 64), 8, 2, 2)
     if operation == "pointwise_forward":  # n: outputs, k: inputs
         block_k = min(max(next_power_of_2(inner), 16), 32 if float32 else 64)
         return PointwiseConfig(64 if small or float32 else 128, min(narrow, 64), block_k, 4, 3, 4)
@@ -178,11 +185,42 @@ def _pointwise(operation: str, x: Tensor, inner: int, outer: int) -> PointwiseCo
     shape_class = pointwise_class(x, inner, outer)
     if shape_class in table:
         values = table[shape_class]
-        return None if values is None else PointwiseConfig(*values)
-    rows = x.numel() // x.shape[-1]
-    small, float32 = rows < 256 * gpu.multiprocessors, x.element_size() == 4
-    config = pointwise_rule(operation, small, float32, inner, outer, gpu.before_hopper)
-    return None if config is None else config.fitting(gpu, x.element_size())
+        config = None if values is None else PointwiseConfig(*values)
+    else:
+        rows = x.numel() // x.shape[-1]
+        small, float32 = rows < 256 * gpu.multiprocessors, x.element_size() == 4
+        config = pointwise_rule(operation, small, float32, inner, outer, gpu.operands_in_registers)
+    if config is None:
+        return None
+    while (
+        config.stages > 1 and shared_bytes(operation, config, inner, outer, x.element_size(), gpu) > gpu.shared_memory
+    ):
+        config = config._replace(stages=config.stages - 1)
+    return config
+
+
+def shared_bytes(operation: str, config: PointwiseConfig, inner: int, outer: int, itemsize: int, gpu: Gpu) -> int:
+    """About what a program takes: buffers of the loads of a step, unrolled tiles together, and what waits for products.
+
+    Loads that pass through registers on their way to a product have a buffer less than stages; so have all where
+    operands lie in registers, and in tiles of fewer than 64 rows, which wgmma and tcgen05 do not take.
+    """
+    m, n, k = config[:3]
+    through, direct, kept = 0, (m + n) * k, 0
+    if operation == "project_backward":
+        tiles = cdiv(outer, k)
+        through, direct, kept = m * n, tiles * m * k, tiles * n * k
+        if cdiv(inner, n) <= 4:  # the gradient is made of two tensors, see `project_backward`
+            through, direct = through + 2 * direct, 0
+    elif operation == "expand_backward":
+        tiles = cdiv(inner, k)
+        through, direct = 2 * tiles * m * k, m * n + tiles * n * k
+    elif operation == "input_gradient":
+        through, direct = 2 * m * k, n * k
+    elif operation == "weight_gradient":
+        through, direct = 2 * m * n, cdiv(outer, k) * m * k
+    buffers = (config.stages - 1) * (through + direct) + (0 if gpu.operands_in_registers or m < 64 else direct)
+    return (buffers + kept + m * n + m * k) * itemsize + 1024
 
 
 def pointwise_config(x: Tensor, inner: int, outer: int, prologue: bool) -> PointwiseConfig:
@@ -220,12 +258,14 @@ def _columns(width: int, choices: tuple[int, ...]) -> int:
 
 
 def depthwise_rule(
-    kernel: int, stride: int, out_width: int, dtype: torch.dtype, before_hopper: bool
+    kernel: int, stride: int, out_width: int, dtype: torch.dtype, operands_in_registers: bool
 ) -> DepthwiseConfig:
     columns = _columns(out_width, (7, 4) if stride == 1 else (7, 4, 2))
     per_thread = 1 if kernel == 7 else 2
     # Where the compiler spills some registers to fit one program more on a multiprocessor: kernel and stride.
-    spilling = [(3, 1), (7, 2)] if dtype == torch.float16 else [(3, 1)] if before_hopper and dtype.itemsize == 2 else []
+    spilling = [(3, 1), (7, 2)] if dtype == torch.float16 else []
+    if operands_in_registers and dtype == torch.bfloat16:
+        spilling = [(3, 1)]
     return DepthwiseConfig(
         columns, 128 * per_thread // 16, 16, 4, registers=255 if (kernel, stride) in spilling else None
     )
@@ -240,7 +280,7 @@ def depthwise_config(x: Tensor, kernel: int, stride: int, out_width: int) -> Dep
     gpu = gpu_of(x.device)
     values = _table(gpu).get("depthwise_forward", {}).get(depthwise_class(x, kernel, stride))
     if values is None:
-        return depthwise_rule(kernel, stride, out_width, x.dtype, gpu.before_hopper)
+        return depthwise_rule(kernel, stride, out_width, x.dtype, gpu.operands_in_registers)
     return DepthwiseConfig(*values)  # type: ignore[arg-type]
 
 

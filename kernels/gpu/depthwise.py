@@ -64,7 +64,7 @@ def _normalised_row(
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "W", "HO", "WO", "C_units", "images_per_segment"])
 def depthwise_forward_kernel(
     x, stats, w, out_scale, out_shift, y, partial, counts, N, H, W, HO, WO, C_units, images_per_segment,
     ALIGN: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr,
@@ -270,7 +270,7 @@ def _gradient_columns(g_strip, y_strip, q, alive, qx0, HO, WO, C, COLUMNS: tl.co
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "W", "HO", "WO", "C_units"])
 def depthwise_backward_kernel(
     grad, y, coefficients, x, stats, w, dx, partial, w_partial, N, H, W, HO, WO, C_units,
     ALIGN: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, PROLOGUE: tl.constexpr,

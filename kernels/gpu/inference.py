@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bsnas.kernels.gpu.configs import gpu_of, multiprocessors, pointwise_config
+from bsnas.kernels.gpu.configs import multiprocessors, pointwise_config
 from bsnas.kernels.gpu.depthwise import depthwise_forward, output_size
 from bsnas.kernels.gpu.launch import CachedLaunches
 from bsnas.kernels.gpu.pointwise import split_rows
@@ -19,7 +19,7 @@ from bsnas.kernels.gpu.support import alignment, cdiv, dot, int64, relu6, round_
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["K_units", "N_units", "rows_per_segment", "rows_per_program", "programs_per_segment"])
 def pointwise_inference_kernel(
     x, w, scale, shift, residual, y, K_units, N_units, rows_per_segment, rows_per_program, programs_per_segment,
     ALIGN: tl.constexpr, RELU6: tl.constexpr,
@@ -78,7 +78,6 @@ def _pointwise(
         residual = residual.contiguous(memory_format=torch.channels_last)
     align = alignment(inner, outer)
     config = pointwise_config(x.permute(0, 2, 3, 1).reshape(rows, inner), inner, outer, prologue=inner > outer)
-    config = config.fitting(gpu_of(x.device), x.element_size())  # tuned with a prologue, whose operand is in registers
     tiles_n = cdiv(outer, config.block_n)
     per_program, programs = split_rows(
         rows // segments, config.block_m, max(1, config.waves * multiprocessors(x.device) // (tiles_n * segments))

@@ -28,7 +28,7 @@ from bsnas.kernels.gpu.support import alignment, bn_backward, cdiv, dot, int64, 
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K_units", "N_units", "w_stride_units", "rows_per_program"])
 def pointwise_forward_kernel(
     x, stats, w, y, partial, counts, M, K_units, N_units, w_stride_units, rows_per_program,
     ALIGN: tl.constexpr, PROLOGUE: tl.constexpr, STATISTICS: tl.constexpr, ONE_STEP: tl.constexpr,
@@ -126,7 +126,7 @@ def pointwise_forward(
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["M", "OUT_units", "H_units", "w_stride_units", "rows_per_program"])
 def project_backward_kernel(
     grad, y3, coefficients, w, y2, stats, dz2, partial, w_partial, M, OUT_units, H_units, w_stride_units,
     rows_per_program,
@@ -236,7 +236,7 @@ def project_backward(
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H_units", "IN_units", "w_stride_units", "rows_per_program"])
 def expand_backward_kernel(
     grad, y1, coefficients, w, x, shortcut, dx, w_partial, M, H_units, IN_units, w_stride_units, rows_per_program,
     ALIGN: tl.constexpr, SHORTCUT: tl.constexpr, H_TILES: tl.constexpr,
@@ -294,7 +294,7 @@ def expand_backward_kernel(
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H_units", "IN_units", "w_stride_units"])
 def input_gradient_kernel(
     grad, y, stats, coefficients, w, shortcut, dx, M, H_units, IN_units, w_stride_units,
     ALIGN: tl.constexpr, RELU6: tl.constexpr, SHORTCUT: tl.constexpr,
@@ -340,7 +340,7 @@ def input_gradient_kernel(
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H_units", "IN_units", "rows_per_program"])
 def weight_gradient_kernel(
     grad, y, stats, coefficients, x, w_partial, M, H_units, IN_units, rows_per_program,
     ALIGN: tl.constexpr, RELU6: tl.constexpr, IN_TILES: tl.constexpr,

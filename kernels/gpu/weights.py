@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bsnas.kernels.block import BlockShape, BlockWeights
 from bsnas.kernels.gpu.launch import CachedLaunches
-from bsnas.kernels.gpu.support import cdiv, round_to
+from bsnas.kernels.gpu.support import alignment, cdiv, round_to
 
 BLOCK = 1024
 
@@ -26,12 +26,26 @@ def _copy_slice(source, target, block, rows, cols, stride, BLOCK: tl.constexpr):
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "blocks_1",
+        "blocks_3",
+        "hidden_units",
+        "input_units",
+        "outputs",
+        "expand_stride_units",
+        "project_stride_units",
+    ]
+)
 def prepare_weights_kernel(
     expand, depthwise, project, expand_out, taps, project_out, blocks_1, blocks_3,
-    hidden, inputs, outputs, expand_stride, project_stride,
-    KERNEL: tl.constexpr, K_MAX: tl.constexpr, BLOCK: tl.constexpr,
+    hidden_units, input_units, outputs, expand_stride_units, project_stride_units,
+    ALIGN: tl.constexpr, KERNEL: tl.constexpr, K_MAX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    hidden = hidden_units * ALIGN
+    inputs = input_units * ALIGN
+    expand_stride = expand_stride_units * ALIGN
+    project_stride = project_stride_units * ALIGN
     block = tl.program_id(0)
     if block < blocks_1:
         _copy_slice(expand, expand_out, block, hidden, inputs, expand_stride, BLOCK)
@@ -63,12 +77,13 @@ def prepare_weights(
             expand_out = torch.empty((shape.hidden, shape.in_channels), device=device, dtype=dtype)
             blocks_1 = cdiv(expand_out.numel(), BLOCK)
     taps = torch.empty((shape.kernel**2, shape.hidden), device=device, dtype=torch.float32)
+    strides = (project if expand is None else expand).stride(0), project.stride(0)
+    align = alignment(shape.hidden, shape.in_channels, *strides)
     prepare_weights_kernel[(blocks_1 + blocks_3 + cdiv(taps.numel(), BLOCK),)](
         project if expand is None else expand, depthwise, project,
         project_out if expand_out is None else expand_out, taps, project_out, blocks_1, blocks_3,
-        shape.hidden, shape.in_channels, shape.out_channels,
-        project.stride(0) if expand is None else expand.stride(0), project.stride(0),
-        KERNEL=shape.kernel, K_MAX=depthwise.shape[-1], BLOCK=BLOCK, num_warps=4,
+        shape.hidden // align, shape.in_channels // align, shape.out_channels, *(stride // align for stride in strides),
+        ALIGN=align, KERNEL=shape.kernel, K_MAX=depthwise.shape[-1], BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return expand_out, taps, project_out
 
@@ -92,13 +107,34 @@ def _reduce_pointwise(
 
 
 @CachedLaunches
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "blocks_1",
+        "blocks_3",
+        "expand_programs",
+        "taps_programs",
+        "project_programs",
+        "hidden_units",
+        "input_units",
+        "outputs",
+        "expand_rows",
+        "expand_col_units",
+        "depthwise_row_units",
+        "project_rows",
+        "project_col_units",
+    ]
+)
 def reduce_gradients_kernel(
     expand_partial, taps_partial, project_partial, expand, depthwise, project, blocks_1, blocks_3,
-    expand_programs, taps_programs, project_programs, hidden, inputs, outputs,
-    expand_rows, expand_cols, depthwise_rows, project_rows, project_cols,
-    KERNEL: tl.constexpr, K_MAX: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr,
+    expand_programs, taps_programs, project_programs, hidden_units, input_units, outputs,
+    expand_rows, expand_col_units, depthwise_row_units, project_rows, project_col_units,
+    ALIGN: tl.constexpr, KERNEL: tl.constexpr, K_MAX: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
+    hidden = hidden_units * ALIGN
+    inputs = input_units * ALIGN
+    expand_cols = expand_col_units * ALIGN
+    depthwise_rows = depthwise_row_units * ALIGN
+    project_cols = project_col_units * ALIGN
     block = tl.program_id(0)
     if block < blocks_1:
         _reduce_pointwise(
@@ -135,28 +171,36 @@ def reduce_gradients(
     expand = None if weights.expand is None else torch.empty_like(weights.expand)
     blocks_1 = 0 if expand is None else cdiv(expand.numel(), block_e)
     blocks_3 = cdiv(project.numel(), block_e)
-    rows, cols = (1, 1) if expand is None else expand.shape
+    expand_rows, expand_cols = project.shape if expand is None else expand.shape
+    align = alignment(shape.hidden, shape.in_channels, expand_cols, depthwise.shape[0], project.shape[1])
     reduce_gradients_kernel[(blocks_1 + blocks_3 + cdiv(depthwise.numel(), block_e),)](
         project_partial if expand_partial is None else expand_partial, taps_partial, project_partial,
         project if expand is None else expand, depthwise, project, blocks_1, blocks_3,
         1 if expand_partial is None else expand_partial.shape[0], taps_partial.shape[0], project_partial.shape[0],
-        shape.hidden, shape.in_channels, shape.out_channels,
-        rows, cols, depthwise.shape[0], *project.shape,
-        KERNEL=shape.kernel, K_MAX=depthwise.shape[-1], BP=32, BE=block_e, num_warps=4,
+        shape.hidden // align, shape.in_channels // align, shape.out_channels,
+        expand_rows, expand_cols // align, depthwise.shape[0] // align, project.shape[0], project.shape[1] // align,
+        ALIGN=align, KERNEL=shape.kernel, K_MAX=depthwise.shape[-1], BP=32, BE=block_e, num_warps=4,
     )  # fmt: skip
     return expand, depthwise, project
 
 
 @CachedLaunches
-@triton.jit
-def _reduce_one_kernel(partial, out, programs, rows, cols, full_rows, full_cols, BP: tl.constexpr, BE: tl.constexpr):
+@triton.jit(do_not_specialize=["programs", "rows", "col_units", "full_rows", "full_col_units"])
+def _reduce_one_kernel(
+    partial, out, programs, rows, col_units, full_rows, full_col_units,
+    ALIGN: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    cols, full_cols = col_units * ALIGN, full_col_units * ALIGN
     _reduce_pointwise(partial, out, tl.program_id(0), programs, rows, cols, full_rows, full_cols, BP, BE)
 
 
 def reduce_pointwise_gradient(partial: Tensor, weight: Tensor) -> Tensor:
     """Partial [P, out, in] -> gradient of weight [out_max, in_max], float32."""
     out = torch.empty_like(weight)
+    programs, rows, cols = partial.shape
+    align = alignment(cols, weight.shape[1])
     _reduce_one_kernel[(cdiv(out.numel(), 128),)](
-        partial, out, partial.shape[0], *partial.shape[1:], *weight.shape, BP=32, BE=128, num_warps=4
-    )
+        partial, out, programs, rows, cols // align, weight.shape[0], weight.shape[1] // align,
+        ALIGN=align, BP=32, BE=128, num_warps=4,
+    )  # fmt: skip
     return out

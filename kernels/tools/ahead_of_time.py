@@ -164,32 +164,40 @@ def fill_cache(build: Callable[[], list[Launch]], capability: int, processes: in
 
 
 def _compile_share(build: Callable[[], list[Launch]], capability: int, share: int, shares: int) -> list[str]:
-    unique = {specialisation(launch): launch for launch in build()}
+    return compile_share(build(), capability, share, shares)
+
+
+def compile_share(launches: list[Launch], capability: int, share: int, shares: int) -> list[str]:
+    """Compile one of `shares` equal parts of the different codes into the cache; returns what failed, and why."""
+    unique = {specialisation(launch): launch for launch in launches}
     failures = []
     for launch in list(unique.values())[share::shares]:
         try:
             triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
-        except Exception as error:  # a candidate too large for the GPU
+        except Exception as error:  # a candidate too large for the GPU; a launch would raise the same again
             failures.append(f"{launch.name}: {type(error).__name__}: {str(error)[:80]}")
     return failures
 
 
 def source(launch: Launch) -> ASTSource:
+    """What a launch compiles. Triton looks for it in its cache by all of this, empty lists of attributes included."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(launch.fn.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
+            attributes[(index,)] = []
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
             pointer = isinstance(value, torch.Tensor)
             signature[parameter.name] = POINTER[value.dtype] if pointer else "i32"
-            divisible = pointer or value % 16 == 0
-            attributes[(index,)] = [["tt.divisibility", 16]] if divisible else []  # what a launch passes, to its key
+            if specialised:
+                attributes[(index,)] = [["tt.divisibility", 16]] if pointer or value % 16 == 0 else []
     return ASTSource(launch.fn, signature=signature, constexprs=constants, attrs=attributes)
 
 
