@@ -31,7 +31,7 @@ from bsnas.engine.training.optimization import Optimization, default_precision, 
 from bsnas.engine.training.resume import device_name, find_checkpoint, load_of_rank, of_ranks
 from bsnas.engine.training.step_scores import score_thirds
 from bsnas.engine.training.watch import Watch
-from engine.kernel_cache import compile_kernels
+from bsnas.engine.training.kernel_cache import compile_kernels
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE_SUBNETS = 20

@@ -167,10 +167,12 @@ def compiled() -> dict[str, Compiled]:
 
 
 def fingerprint() -> str:
-    """Of all that compiled kernels depend on: their sources, the rule and the tables of tiles, Triton's version."""
+    """Of all that compiled kernels depend on: their sources without imports, tables of tiles, Triton's version."""
     digest = hashlib.sha256(triton.__version__.encode())
-    for path in sorted((*DIRECTORY.glob("triton_*.py"), DIRECTORY / "configs.py", *configs.DIRECTORY.glob("*.json"))):
-        digest.update(path.name.encode() + path.read_bytes())
+    sources = {path for path in DIRECTORY.glob("[!_]*.py") if path.name != "launch.py"}
+    for path in sorted((*sources, *configs.DIRECTORY.glob("*.json"))):
+        lines = path.read_text().splitlines()
+        digest.update("\n".join(line for line in lines if not line.startswith(("from ", "import "))).encode())
     return digest.hexdigest()[:16]
 
 
@@ -316,14 +318,14 @@ def test_a_change_of_a_kernel_a_table_or_triton_is_seen(monkeypatch: pytest.Monk
     monkeypatch.setattr(configs, "DIRECTORY", copy / "configs")
     assert fingerprint() == before
     seen = {before}
-    for name in ("triton_weights.py", "configs.py", "configs/nvidia-h100.json", "configs/nvidia-a100.json"):
+    for name in ("weights.py", "configs.py", "configs/nvidia-h100.json", "configs/nvidia-a100.json"):
         with open(copy / name, "a") as file:
             file.write(" ")
         seen.add(fingerprint())
     monkeypatch.setattr(triton, "__version__", "0")
     seen.add(fingerprint())
     assert len(seen) == 6
-    (copy / "native.py").write_text("")  # of no Triton kernel
+    (copy / "launch.py").write_text("")  # of no kernel
     assert fingerprint() in seen
 
 

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from bsnas.engine import kernel_cache
+from bsnas.engine.training import kernel_cache
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.presets import preset
