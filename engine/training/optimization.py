@@ -48,6 +48,8 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,
         "steps_per_print": 10**9,
+        # It would wait for the device in every forward pass and step; `Meter` measures speed.
+        "timers": {"throughput": {"enabled": False}},
     }
     if precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
