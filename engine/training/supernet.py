@@ -30,6 +30,7 @@ from bsnas.engine.training.optimization import Optimization, default_precision, 
 from bsnas.engine.training.resume import check_agreement, device_name, find_checkpoint, load_of_rank, of_ranks
 from bsnas.engine.training.step_scores import score_thirds
 from bsnas.engine.training.watch import Watch
+from bsnas.kernels import graphs
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE_SUBNETS = 20
@@ -300,6 +301,7 @@ class SupernetTrainer:
 
     def evaluator(self) -> Evaluator:
         """Scores subnets with the weights of this moment on the search-validation set."""
+        graphs.GRAPHS.clear()  # scoring needs the memory; training captures anew
         recalibration: EvaluationSet | None = None
         if self.config.shrink.bn == "recalibrate":
             recalibration = recalibration_set(self.config, self.data)

@@ -11,6 +11,7 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.space import Space
 from bsnas.engine.training.supernet import SupernetTrainer
+from bsnas.kernels import graphs
 from tests.engine.training.cases import make_trainer, metrics, tiny_config
 
 
@@ -109,6 +110,18 @@ def test_dropped_operations_keep_their_weights(alone: Process, cache: Path, tmp_
         assert torch.equal(tensor, values[name]), name
     owned = {id(p) for group in trainer.optimization.optimizer.param_groups for p in group["params"]}
     assert owned == {id(p) for p in trainer.supernet.parameters()}
+
+
+def test_scoring_gets_the_memory_of_the_graphs(
+    alone: Process, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleared = []
+    monkeypatch.setattr(graphs.GRAPHS, "clear", lambda: cleared.append(True))
+    config = tiny_config(cache)
+    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
+    assert not cleared
+    trainer.probe("now")
+    assert cleared
 
 
 def test_operations_never_sampled_keep_their_weights(
