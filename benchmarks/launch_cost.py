@@ -52,7 +52,7 @@ from bsnas.kernels.tools.stand_in import stand_in_driver
 SHAPE, BATCH, SIZE = BlockShape(40, 240, 40, 5, 1), 4, 14
 REPEATS = 300
 ROUNDS = 25
-NARROW = (8, 16, 24)
+NARROW = (2, 4, 6)
 """Channels of every cluster in the round, in place of the preset's."""
 PARTS = {
     "draw": "draw the paths",

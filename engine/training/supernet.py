@@ -225,7 +225,8 @@ class SupernetTrainer:
         return f"epoch {epoch + 1}, pass {step + 1}, path {shown}, images {images}"
 
     def _parameters_of(self, paths: list[Arch]) -> list[nn.Parameter]:
-        return list(dict.fromkeys(p for arch in paths for p in self.supernet.active_parameters(arch)))
+        """Each once, found by its id: a tensor's own hash is Python code."""
+        return list({id(p): p for arch in paths for p in self.supernet.active_parameters(arch)}.values())
 
     def _learning_rate(self) -> float:
         done = self.progress.epoch  # a round may reach past the end of its epoch, far past it for tiny data sets
@@ -295,8 +296,7 @@ class SupernetTrainer:
         self._wrap(self.supernet.shrunk(space))
         parameters = {n: p for n, p in self.supernet.named_parameters() if n in momentum}
         for name, buffer in crop_to(dict(parameters), momentum).items():
-            like = torch.empty_like(parameters[name]).copy_(buffer)  # with the strides that the fused step wants
-            self.optimization.optimizer.state[parameters[name]]["momentum_buffer"] = like
+            self.optimization.optimizer.state[parameters[name]]["momentum_buffer"].copy_(buffer)
         self.optimization.finiteness.load(finiteness)
 
     def evaluator(self) -> Evaluator:
