@@ -215,6 +215,18 @@ class Optimization:
         torch._foreach_copy_(vectors, means.split(sizes))
         return bad
 
+    def close(self) -> None:
+        """Let go of the network and of all that belongs to its training; this object is of no use afterwards.
+
+        Hooks on the network, and functions inside the engine, refer to the engine: without this all of it, weights and
+        captured operations included, would take memory until Python looks for cycles, which may be epochs away.
+        """
+        self.engine.module_forward_pre_hook.remove()
+        self.engine.module_forward_post_hook.remove()
+        self.engine.destroy()
+        vars(self.engine).clear()
+        vars(self).clear()
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs besides the network."""
         return {"optimizer": self.optimizer.state_dict(), "finiteness": self.finiteness.state()}

@@ -293,11 +293,15 @@ class SupernetTrainer:
             if "momentum_buffer" in self.optimization.optimizer.state.get(parameter, {})
         }
         finiteness = self.optimization.finiteness.state()
-        self._wrap(self.supernet.shrunk(space))
+        smaller = self.supernet.shrunk(space)
+        self.optimization.close()
+        self._wrap(smaller)
         parameters = {n: p for n, p in self.supernet.named_parameters() if n in momentum}
         for name, buffer in crop_to(dict(parameters), momentum).items():
             self.optimization.optimizer.state[parameters[name]]["momentum_buffer"].copy_(buffer)
         self.optimization.finiteness.load(finiteness)
+        if self.process.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def evaluator(self) -> Evaluator:
         """Scores subnets with the weights of this moment on the search-validation set."""
