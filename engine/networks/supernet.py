@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.space import Arch, Operation, Space
 from bsnas.kernels import BlockShape, BlockWeights, inverted_residual, pointwise_bn_relu6
+from bsnas.kernels.dispatch import Norms
+from bsnas.kernels.reference import batch_norm
 
 Sharing = Literal["nested", "channels", "independent"]
 """Who shares convolution weights inside a block.
@@ -175,10 +177,10 @@ class Supernet(nn.Module):
 
     def forward(self, x: Tensor, arch: Arch) -> Tensor:
         """Images x [N, input_channels, H, W], channels_last, in the compute dtype -> logits [N, classes]."""
-        x = F.relu6(self.stem_bn(self.stem_conv(x)))
-        x = inverted_residual(
-            x, self.separable_weights, self.separable_norms, self.separable_shape, training=self.training
-        )
+        x = separable_block(
+            self.stem_conv(x), self.stem_bn, self.separable_weights, self.separable_norms, self.separable_shape,
+            training=self.training,
+        )  # fmt: skip
         shapes = self.block_shapes(arch)
         for block, op, shape in zip(self.blocks, arch.operations, shapes, strict=True):
             x = block(x, op, shape)
@@ -197,6 +199,21 @@ class Supernet(nn.Module):
         smaller = Supernet(space, self.sharing)
         smaller.load_state_dict(crop_to(smaller.state_dict(), self.state_dict()))
         return smaller.train(self.training).to(self.tail_weight.device)
+
+
+def separable_block(
+    x: Tensor, stem_bn: nn.BatchNorm2d, weights: BlockWeights, norms: Norms, shape: BlockShape, *, training: bool
+) -> Tensor:
+    """The stem's raw convolution output x [N, stem, H, W] -> norm, ReLU6, separable block -> [N, separable, H, W].
+
+    The kernels normalise x as they load it: its activation, at the largest resolution of the network, is never written.
+    Where the block has a shortcut (stem and separable channels are equal), that would have nothing to add.
+    """
+    if shape.residual:
+        x = F.relu6(batch_norm(x, stem_bn, training))
+    else:
+        norms = (stem_bn, *norms[1:])
+    return inverted_residual(x, weights, norms, shape, training=training)
 
 
 def crop_to(smaller: dict[str, Tensor], larger: dict[str, Tensor]) -> dict[str, Tensor]:
