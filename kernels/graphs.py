@@ -5,8 +5,8 @@ Off by default; `set_cuda_graphs(True)` or BSNAS_CUDA_GRAPHS=1 is the one switch
 Evaluation is captured as a whole pass over a batch (`Replays`), which needs no copies between operations. In training
 the path changes with every step, so every operation that trains gets a graph of its forward and one of its backward,
 captured at its first use over buffers that it keeps: the input, everything that forward saves, the gradients. They take
-as much memory as the operation's own step, so operations are captured until less than MEMORY_KEPT_FREE of the GPU is
-free; the others are launched as before.
+as much memory as the operation's own step, so operations are captured for the batch size they first see, until all
+graphs together have taken a budget; other batches and the other operations are launched as before.
 
 An output lives in such a buffer until the operation's next forward. While a forward waits for its backward, the same
 operation runs without its graph.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 MEMORY_KEPT_FREE = 0.2
+"""Share of the GPU that captures leave free."""
 Forward = Callable[[Tensor], list[Tensor]]
 """x -> the output, then what backward needs. Moves running statistics."""
 Backward = Callable[[Tensor, Tensor, list[Tensor]], list[Tensor]]
@@ -93,10 +94,16 @@ def capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[],
     return outputs, graph.replay
 
 
-def memory_left() -> bool:
-    """Whether there is memory for the buffers of another capture, which cannot use what torch has cached."""
+def spare_memory() -> int:
+    """Bytes that captures may take now; they cannot use what torch has cached."""
     free, total = torch.cuda.mem_get_info()
-    return free > MEMORY_KEPT_FREE * total
+    return free - int(MEMORY_KEPT_FREE * total)
+
+
+def held_memory() -> int:
+    """Bytes that torch holds of the GPU, nothing of it unused: a capture gives that back too."""
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 class Replays:
@@ -118,7 +125,7 @@ class Replays:
             return run(x)
         captured = self._captured[key]
         if captured is None:
-            if not memory_left():
+            if spare_memory() <= 0:
                 return run(x)
             given = torch.empty_like(x)
             captured = self._captured[key] = (given, *capture(lambda: run(given)))
@@ -165,26 +172,69 @@ class Captured:
         return [self.grads[0].detach(), *torch._foreach_mul(self.grads[1:], 1.0)]
 
 
-class Graphs:
-    """The captured operations of a process, by what their launches depend on."""
+class Operation(NamedTuple):
+    """What is known of an operation that trains."""
 
-    def __init__(self) -> None:
-        self._found: dict[Hashable, Captured] = {}
+    captured: Captured | None
+    """None where it is launched, since graphs have taken their budget."""
+    taken: int
+    """Bytes of the GPU's memory."""
+    watched: list[weakref.finalize]  # type: ignore[type-arg]
+    """Waits for the end of the parameters."""
+
+
+class Graphs:
+    """The captured operations of a process, by what their launches depend on, and what they may take of its memory."""
+
+    def __init__(self, budget: int | None = None) -> None:
+        """`budget` in bytes; None takes what is free when the first operation is captured, less MEMORY_KEPT_FREE."""
+        self._given = self._budget = budget
+        self._found: dict[Hashable, Operation] = {}
+        self.taken = 0
+        """Bytes of the GPU's memory."""
 
     def find(self, step: Step, x: Tensor, parameters: Sequence[Tensor], numbers: Any) -> Captured | None:
         """The graphs of an operation; None where it has to be launched. They go when one of its parameters does."""
-        key = (x.shape, x.dtype, x.device, tuple(map(_place, (*parameters, *step.state))), repr(numbers))
-        captured = self._found.get(key)
-        if captured is None:
-            if not memory_left():
-                return None
-            captured = self._found[key] = Captured(step, x)
-            for parameter in parameters:
-                weakref.finalize(parameter, self._found.pop, key, None)
-        return None if captured.busy else captured
+        key = (x.shape[1:], x.dtype, x.device, tuple(map(_place, (*parameters, *step.state))), repr(numbers))
+        found = self._found.get(key)
+        if found is None:
+            # A view, such as a 1x1 convolution's weight as a matrix, may last for one forward: its base is what lives.
+            owners = [parameter if parameter._base is None else parameter._base for parameter in parameters]
+            found = self._found[key] = self._add(step, x, [weakref.finalize(p, self._drop, key) for p in owners])
+        captured = found.captured
+        return None if captured is None or captured.x.shape != x.shape or captured.busy else captured
+
+    def _add(self, step: Step, x: Tensor, watched: list[weakref.finalize]) -> Operation:  # type: ignore[type-arg]
+        if self._budget is not None and self.taken >= self._budget:
+            return Operation(None, 0, watched)
+        before = held_memory()
+        if self._budget is None:
+            self._budget = spare_memory()
+            if self._budget <= 0:
+                return Operation(None, 0, watched)
+        captured = Captured(step, x)
+        taken = held_memory() - before
+        self.taken += taken
+        return Operation(captured, taken, watched)
+
+    def _drop(self, key: Hashable) -> None:
+        found = self._found.pop(key, None)
+        if found is not None:
+            self.taken -= found.taken
+
+    def clear(self) -> None:
+        """Give back the memory of all graphs; operations that train again are captured anew, within a new budget."""
+        for found in self._found.values():
+            for finalizer in found.watched:
+                finalizer.detach()
+        if self._found:
+            self._found.clear()
+            torch.cuda.empty_cache()
+        self.taken, self._budget = 0, self._given
 
     def __len__(self) -> int:
-        return len(self._found)
+        """How many operations are captured."""
+        return sum(found.captured is not None for found in self._found.values())
 
 
 def _place(tensor: Tensor) -> Hashable:

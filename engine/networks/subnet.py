@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bsnas.engine.networks.supernet import Supernet
+from bsnas.engine.networks.supernet import Supernet, separable_block
 from bsnas.engine.space.space import Arch, BlockDims, Space
 from bsnas.kernels import BlockShape, BlockWeights, inverted_residual, pointwise_bn_relu6
 from bsnas.kernels.dispatch import Norms
@@ -38,12 +38,12 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            weights, norms = self._parts()
+            weights, norms = self.parts()
             return inverted_residual(x, weights, norms, self.shape, training=True)
         y = self.project(self.depthwise(self.expand(x)))
         return x + y if self.residual else y
 
-    def _parts(self) -> tuple[BlockWeights, Norms]:
+    def parts(self) -> tuple[BlockWeights, Norms]:
         """Weights and norms for the fused block, which computes the same."""
         expand, depthwise, project = cast(Any, (self.expand, self.depthwise, self.project))
         has_expand = len(expand) > 0
@@ -80,12 +80,14 @@ class Subnet(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(self.separable(self.stem(x)))
         if self.training:
+            conv, norm, _ = cast(Any, self.stem)
+            x = separable_block(conv(x), norm, *self.separable.parts(), self.separable.shape, training=True)
+            x = self.blocks(x)
             conv, norm, _ = cast(Any, self.tail)
             x = pointwise_bn_relu6(x, conv.weight.flatten(1), norm, in_channels=x.shape[1], training=True)
         else:
-            x = self.tail(x)
+            x = self.tail(self.blocks(self.separable(self.stem(x))))
         return self.classifier(x.mean((2, 3)))
 
 

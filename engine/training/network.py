@@ -24,6 +24,7 @@ from bsnas.engine.training.metrics import Meter, MetricsLog, Reporter
 from bsnas.engine.training.optimization import Optimization, default_precision, learning_rate
 from bsnas.engine.training.resume import device_name, find_checkpoint, load_of_rank, of_ranks
 from bsnas.engine.training.watch import Watch
+from bsnas.kernels import graphs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,7 @@ class StandaloneTrainer:
                     self.train_epoch()
             finally:
                 self.writer.wait()
+        graphs.GRAPHS.clear()  # whoever scores the network needs the memory
         if self.log is not None:
             self.log.close()
 

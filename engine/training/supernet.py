@@ -26,12 +26,13 @@ from bsnas.engine.runs.rundir import RunDir, write_json
 from bsnas.engine.space.sampling import fair_archs, fair_round, uniform_arch, uniform_round
 from bsnas.engine.space.shrink import importance, importance_to_json, shrink
 from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.training.kernel_cache import compile_kernels
 from bsnas.engine.training.metrics import Meter, MetricsLog, Reporter
 from bsnas.engine.training.optimization import Optimization, default_precision, learning_rate
 from bsnas.engine.training.resume import device_name, find_checkpoint, load_of_rank, of_ranks
 from bsnas.engine.training.step_scores import score_thirds
 from bsnas.engine.training.watch import Watch
-from bsnas.engine.training.kernel_cache import compile_kernels
+from bsnas.kernels import graphs
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE_SUBNETS = 20
@@ -228,7 +229,8 @@ class SupernetTrainer:
         return f"epoch {epoch + 1}, pass {step + 1}, path {shown}, images {images}"
 
     def _parameters_of(self, paths: list[Arch]) -> list[nn.Parameter]:
-        return list(dict.fromkeys(p for arch in paths for p in self.supernet.active_parameters(arch)))
+        """Each once, found by its id: a tensor's own hash is Python code."""
+        return list({id(p): p for arch in paths for p in self.supernet.active_parameters(arch)}.values())
 
     def _learning_rate(self) -> float:
         done = self.progress.epoch  # a round may reach past the end of its epoch, far past it for tiny data sets
@@ -295,15 +297,19 @@ class SupernetTrainer:
             if "momentum_buffer" in self.optimization.optimizer.state.get(parameter, {})
         }
         finiteness = self.optimization.finiteness.state()
-        self._wrap(self.supernet.shrunk(space))
+        smaller = self.supernet.shrunk(space)
+        self.optimization.close()
+        self._wrap(smaller)
         parameters = {n: p for n, p in self.supernet.named_parameters() if n in momentum}
         for name, buffer in crop_to(dict(parameters), momentum).items():
-            like = torch.empty_like(parameters[name]).copy_(buffer)  # with the strides that the fused step wants
-            self.optimization.optimizer.state[parameters[name]]["momentum_buffer"] = like
+            self.optimization.optimizer.state[parameters[name]]["momentum_buffer"].copy_(buffer)
         self.optimization.finiteness.load(finiteness)
+        if self.process.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def evaluator(self) -> Evaluator:
         """Scores subnets with the weights of this moment on the search-validation set."""
+        graphs.GRAPHS.clear()  # scoring needs the memory; training captures anew
         recalibration: EvaluationSet | None = None
         if self.config.shrink.bn == "recalibrate":
             recalibration = recalibration_set(self.config, self.data)

@@ -147,7 +147,7 @@ def replays(monkeypatch) -> list[int]:
         return results, replay
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(graphs, "memory_left", lambda: True)
+    monkeypatch.setattr(graphs, "spare_memory", lambda: 1)
     monkeypatch.setattr(graphs, "why_not", lambda x, backend: None)
     monkeypatch.setattr(graphs, "_switch", True)
     for module in (evaluator, counting):

@@ -12,11 +12,11 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from bsnas.engine.training import kernel_cache
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.presets import preset
 from bsnas.engine.space.sampling import fair_round
+from bsnas.engine.training import kernel_cache
 from bsnas.kernels import dispatch
 from bsnas.kernels.block import BlockShape
 from bsnas.kernels.tools import ahead_of_time

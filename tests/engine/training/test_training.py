@@ -1,5 +1,7 @@
 """Supernet training: reproducible, resumable at an epoch, in all sampling modes, leaving dead weights alone."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.space import Space
 from bsnas.engine.training.supernet import SupernetTrainer
+from bsnas.kernels import graphs
 from tests.engine.training.cases import make_trainer, metrics, tiny_config
 
 
@@ -109,6 +112,40 @@ def test_dropped_operations_keep_their_weights(alone: Process, cache: Path, tmp_
         assert torch.equal(tensor, values[name]), name
     owned = {id(p) for group in trainer.optimization.optimizer.param_groups for p in group["params"]}
     assert owned == {id(p) for p in trainer.supernet.parameters()}
+
+
+def test_scoring_gets_the_memory_of_the_graphs(
+    alone: Process, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleared = []
+    monkeypatch.setattr(graphs.GRAPHS, "clear", lambda: cleared.append(True))
+    config = tiny_config(cache)
+    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
+    assert not cleared
+    trainer.probe("now")
+    assert cleared
+
+
+def test_after_a_shrink_step_nothing_is_left_of_the_larger_supernet(
+    alone: Process, cache: Path, tmp_path: Path
+) -> None:
+    """Its memory is free at once: on a GPU nothing makes Python look for cycles."""
+    config = tiny_config(cache)
+    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
+    trainer.train_epoch()
+    trainer.writer.wait()
+    optimization = trainer.optimization
+    owners = (trainer.supernet, optimization, optimization.engine, optimization.optimizer, trainer.supernet.tail_weight)
+    larger = [weakref.ref(owner) for owner in owners]
+    momentum = weakref.ref(optimization.optimizer.state[trainer.supernet.tail_weight]["momentum_buffer"])
+    del owners, optimization
+    gc.collect()
+    gc.disable()
+    try:
+        trainer.make_shrink_step()
+        assert [owner() for owner in (*larger, momentum)] == [None] * 6
+    finally:
+        gc.enable()
 
 
 def test_operations_never_sampled_keep_their_weights(
