@@ -41,8 +41,7 @@ from bsnas.engine.host.script import write_figures
 from bsnas.engine.presets import preset
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.space import Space
-from bsnas.engine.training.metrics import Meter
-from bsnas.engine.training.supernet import SupernetTrainer
+from bsnas.engine.training.supernet import SupernetTraining
 from bsnas.kernels import dispatch
 from bsnas.kernels.block import BlockShape
 from bsnas.kernels.gpu.launch import CachedLaunches
@@ -143,11 +142,11 @@ def measure_round(launch_us: float) -> dict[str, Any]:
             figures[name] = parts | {"total": sum(parts.values())}
             figures["launches"], launches = launches // len(rounds), 0
     figures["paths"] = trainer.space.max_live
-    figures["parameters"] = len(list(trainer.supernet.parameters()))
+    figures["parameters"] = len(list(trainer.network.parameters()))
     return figures
 
 
-def narrow_trainer(place: Path) -> SupernetTrainer:
+def narrow_trainer(place: Path) -> SupernetTraining:
     """A trainer of the imagenet preset's settings, with all its operations, of few channels."""
     config = preset("imagenet")
     clusters = tuple(replace(cluster, channels=NARROW) for cluster in config.space.clusters)
@@ -164,13 +163,13 @@ def narrow_trainer(place: Path) -> SupernetTrainer:
     run.path.mkdir()
     data = open_dataset(config.data, run.split_file)
     never = SafetyConfig(checkpoint_minutes=1e9, max_skipped=10**9)  # what no kernel has written may be no number
-    return SupernetTrainer(config, run, start_process(), data, {}, never)
+    return SupernetTraining(config, run, start_process(), data, {}, never)
 
 
-def timed_round(trainer: SupernetTrainer) -> dict[str, float]:
+def timed_round(trainer: SupernetTraining) -> dict[str, float]:
     """Seconds of this thread in a round, by the names of PARTS: other processes on its core do not count."""
     images = torch.zeros(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    batches, meter = repeat((images, torch.zeros(BATCH, dtype=torch.int64))), Meter(trainer.process.device)
+    batches = repeat((images, torch.zeros(BATCH, dtype=torch.int64)))
     times: defaultdict[str, float] = defaultdict(float)
 
     def timed(part: str, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,15 +184,15 @@ def timed_round(trainer: SupernetTrainer) -> dict[str, float]:
 
     places = (
         (trainer, "draw_round", "draw"), (trainer.optimization, "forward", "forward"), (trainer, "criterion", "loss"),
-        (trainer.optimization, "backward", "backward"), (meter, "add", "meter"), (trainer, "_step", "prepare"),
+        (trainer.optimization, "backward", "backward"), (trainer.meter, "add", "meter"), (trainer, "_step", "prepare"),
         (trainer.optimization, "step", "step"),
     )  # fmt: skip
-    trainer.supernet.train()
+    trainer.network.train()
     with ExitStack() as patches:
         for owner, name, part in places:
             patches.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
         started = time.thread_time()
-        trainer.train_round(batches, meter)
+        trainer.make_steps(trainer.round(batches))
         total = time.thread_time() - started
     times["prepare"] -= times["step"]
     times["other"] = total - sum(times.values())

@@ -46,7 +46,7 @@ from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir, read_json, write_json
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.engine.training.supernet import SupernetTrainer
+from bsnas.engine.training.supernet import SupernetTraining
 from bsnas.search.algorithms.evolution import EvolutionConfig
 from bsnas.search.algorithms.problem import Limit, parse_count
 
@@ -212,7 +212,7 @@ class Study:
         run_dir = on_main(self.process, lambda: _open(path, config))
         with entered_by_main(self.process, run_dir.lock()), recorded(run_dir, "study", device=self.process.device):
             data = on_main(self.process, lambda: open_dataset(config.data, run_dir.split_file))
-            SupernetTrainer(config, run_dir, self.process, data, {}, self.arguments.safety).train()
+            SupernetTraining(config, run_dir, self.process, data, {}, self.arguments.safety).train()
             trained = TrainedRun.open(path, self.process)
             limit = Limit("macs", high=self.max_macs)
             return measure_supernet(trained, limit, self._evolution(seed), self._alone(trained), self._pool())

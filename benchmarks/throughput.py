@@ -41,7 +41,7 @@ from bsnas.engine.presets import preset
 from bsnas.engine.runs.commands import hardware
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.training.metrics import Meter
-from bsnas.engine.training.supernet import SupernetTrainer
+from bsnas.engine.training.supernet import SupernetTraining
 from bsnas.kernels import graphs
 
 PHOTOGRAPHS = 516
@@ -117,21 +117,21 @@ def configuration(arguments: ThroughputArguments) -> RunConfig:
     )
 
 
-def make_trainer(config: RunConfig, place: Path, process: Process, overrides: dict[str, Any]) -> SupernetTrainer:
+def make_trainer(config: RunConfig, place: Path, process: Process, overrides: dict[str, Any]) -> SupernetTraining:
     run_dir = RunDir(place / f"run-{process.rank}")
     run_dir.path.mkdir()
     data = open_dataset(config.data, run_dir.split_file)
     config = replace(config, space=replace(config.space, classes=len(data.classes)))
-    return SupernetTrainer(config, run_dir, process, data, overrides, NEVER)
+    return SupernetTraining(config, run_dir, process, data, overrides, NEVER)
 
 
-def measure(trainer: SupernetTrainer, rounds: int) -> dict[str, Any]:
+def measure(trainer: SupernetTraining, rounds: int) -> dict[str, Any]:
     """Images/s of both, and the shares of time that the real one loses."""
-    real = trainer._batches()
+    real = trainer.batches()
     # Batch sizes differ by one, so a few batches are held. DALI reuses the memory of a batch that it has given.
     held = [(images.clone(), labels.clone()) for images, labels in islice(real, HELD)]
     contenders: dict[str, Iterator[tuple[Tensor, Tensor]]] = {"real": real, "synthetic": cycle(held)}
-    trainer.supernet.train()
+    trainer.network.train()
     for batches in list(contenders.values()) * 2:
         timed_round(trainer, batches)  # kernels are chosen, memory grows
     rows: dict[str, list[Turn]] = {name: [] for name in contenders}
@@ -163,22 +163,22 @@ class Turn:
     """For data, in seconds."""
 
 
-def timed_round(trainer: SupernetTrainer, batches: Iterator[tuple[Tensor, Tensor]]) -> Turn:
+def timed_round(trainer: SupernetTraining, batches: Iterator[tuple[Tensor, Tensor]]) -> Turn:
     """Train a round of paths; on a GPU its end is waited for."""
     device = trainer.process.device
-    meter = Meter(device)
+    trainer.meter = Meter(device)
     waited = trainer.loader.wait_seconds
     synchronize(device)
     began = time.perf_counter()
-    trainer.train_round(batches, meter)
+    trainer.make_steps(trainer.round(batches))
     synchronize(device)
     seconds = time.perf_counter() - began
-    images = int(meter.state()[2]) * trainer.process.world_size
+    images = int(trainer.meter.state()[2]) * trainer.process.world_size
     return Turn(images, seconds, trainer.loader.wait_seconds - waited)
 
 
 @contextmanager
-def compute_clock(trainer: SupernetTrainer) -> Iterator[list[float]]:
+def compute_clock(trainer: SupernetTraining) -> Iterator[list[float]]:
     """Sums the time of forward, backward and step while it is open; on a GPU each of them is waited for."""
     device, total = trainer.process.device, [0.0]
 

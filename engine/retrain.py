@@ -35,7 +35,7 @@ from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir, read_json, write_json
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.space import Arch
-from bsnas.engine.training.network import StandaloneTrainer, measure_accuracy
+from bsnas.engine.training.network import NetworkTraining, measure_accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def retrain(
     torch.manual_seed(config.seed)
     trained = TrainedRun.open(run_dir.path, process)
     network = release(trained.supernet, arch) if arguments.inherit else Subnet(config.space, arch)
-    trainer = StandaloneTrainer(
+    trainer = NetworkTraining(
         network, config, run_dir.retrain.path, request, process, trained.data, overrides, arguments.safety
     )
     trainer.train()

@@ -29,7 +29,7 @@ from bsnas.engine.host.script import force_kernels, load_deepspeed_overrides, op
 from bsnas.engine.presets import at_channels, at_resolution, preset
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir
-from bsnas.engine.training.supernet import SupernetTrainer
+from bsnas.engine.training.supernet import SupernetTraining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def main() -> None:
     run_dir, config = on_main(process, lambda: _open_run(path, arguments))
     with entered_by_main(process, run_dir.lock()), recorded(run_dir, "train", device=process.device):
         data = on_main(process, lambda: open_dataset(config.data, run_dir.split_file))
-        trainer = SupernetTrainer(config, run_dir, process, data, overrides, arguments.safety)
+        trainer = SupernetTraining(config, run_dir, process, data, overrides, arguments.safety)
         trainer.train()
         if process.is_main:
             write_figures(arguments.json, trainer.figures())

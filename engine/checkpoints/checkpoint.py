@@ -55,8 +55,13 @@ def read_state(file: Path) -> dict[str, Any]:
 def load_checkpoint(file: Path, full_space: Space) -> tuple[Space, dict[str, Any]]:
     """(space at that time, everything else). Raises `UserError` for a damaged file or another space's."""
     state = read_state(file)
+    return space_of(state, file, full_space), state
+
+
+def space_of(state: Mapping[str, Any], file: Path, full_space: Space) -> Space:
+    """The space of a checkpoint. Raises `UserError` when it is none, or of another table."""
     try:
-        space = Space.from_json(state.pop("space", None))
+        space = Space.from_json(state.get("space"))
     except UserError as error:
         raise UserError(f"checkpoint {file}: {error}") from None
     if space.fingerprint != full_space.fingerprint:
@@ -64,7 +69,7 @@ def load_checkpoint(file: Path, full_space: Space) -> tuple[Space, dict[str, Any
             f"checkpoint {file} belongs to another search space than the run's: {_difference(space, full_space)}; "
             "use the run's own files"
         )
-    return space, state
+    return space
 
 
 def _difference(theirs: Space, ours: Space) -> str:

@@ -7,6 +7,7 @@ there.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -145,7 +146,7 @@ class TreeCounter:
         while start < stop:
             parts.append(
                 self.budget.fit(
-                    lambda memory, start=start: self._count_chunk(start, min(start + memory.max_chunk, stop), memory),
+                    partial(self._count_chunk, start, stop),
                     f"one image of {self.tree.resolution} pixels does not fit in the memory of {self.process.device}; "
                     "end other programs there, or give a smaller memory budget",
                 )
@@ -154,6 +155,8 @@ class TreeCounter:
         return Counts.joined(parts)
 
     def _count_chunk(self, start: int, stop: int, memory: Memory) -> "Counts":
+        """The counts on as many of the images start..stop-1 as go through at once."""
+        stop = min(start + memory.max_chunk, stop)
         images, labels = self.data.normalized(start, stop, self.dtype), self.data.labels[start:stop]
         counts = Counts.zeros(len(self.tree.leaves), stop - start)
         done = 0

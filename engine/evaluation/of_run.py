@@ -1,5 +1,6 @@
 """A run whose supernet is trained: its weights, its data and the evaluator that searches score with."""
 
+import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,9 @@ from bsnas.engine.data.loading.evaluation_set import EvaluationSet, evaluation_s
 from bsnas.engine.evaluation.evaluator import BatchNormMode, Evaluator
 from bsnas.engine.host.distributed import Process, on_main
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.precision import COMPUTE_DTYPES, default_precision
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.runs.rundir import RunDir
-from bsnas.engine.training.optimization import default_precision
-from bsnas.engine.training.supernet import COMPUTE_DTYPES, recalibration_set
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,38 @@ class TrainedRun:
 
         `bn` is the run's own mode unless given.
         """
-        bn = bn or self.config.shrink.bn
-        precision = self.config.precision or default_precision(self.process)
-        return Evaluator(
-            self.supernet,
-            self.search_val,
-            bn=bn,
-            recalibration=recalibration_set(self.config, self.data) if bn == "recalibrate" else None,
-            process=self.process,
-            dtype=COMPUTE_DTYPES[precision],
-            memory_budget_mib=self.config.evaluation.memory_mib,
-            store=self.run.evaluations,
-            progress=self.process.is_main,
-        )
+        return evaluator_of(self.run, self.config, self.process, self.data, self.search_val, self.supernet, bn)
+
+
+def evaluator_of(
+    run: RunDir,
+    config: RunConfig,
+    process: Process,
+    data: Dataset,
+    search_val: EvaluationSet,
+    supernet: Supernet,
+    bn: BatchNormMode | None = None,
+) -> Evaluator:
+    """Scores subnets as a run's configuration says, and keeps the results in its directory."""
+    bn = bn or config.shrink.bn
+    return Evaluator(
+        supernet,
+        search_val,
+        bn=bn,
+        recalibration=recalibration_set(config, data) if bn == "recalibrate" else None,
+        process=process,
+        dtype=COMPUTE_DTYPES[config.precision or default_precision(process)],
+        memory_budget_mib=config.evaluation.memory_mib,
+        store=run.evaluations,
+        progress=process.is_main,
+    )
+
+
+def recalibration_set(config: RunConfig, data: Dataset) -> EvaluationSet:
+    """Training images, seeded, seen through the evaluation transform."""
+    count = min(config.evaluation.recalibration_images, len(data.train))
+    indices = sorted(random.Random(config.seed).sample(range(len(data.train)), count))
+    return evaluation_set(data.train.subset(indices), config.data)
 
 
 def _scored_at(run: RunDir, config: RunConfig, step: int) -> Path:

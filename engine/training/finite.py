@@ -40,6 +40,13 @@ class RunningStatistics:
             setattr(layer, name, part)
             offset += size
 
+    def state(self) -> Tensor:
+        """All of them: they differ between ranks inside an epoch."""
+        return self.values
+
+    def load(self, state: Tensor) -> None:
+        self.values.copy_(state)
+
     def keep(self) -> None:
         """Copy them before they change, once until the next `settle`."""
         if not self._changed:

@@ -21,12 +21,14 @@ CLOCK_VALUES = ("time", "seconds", "images_per_s", "data_wait_share")
 class Meter:
     """Loss, top-1 and speed since the last reading. Sums stay on the device; reading them synchronises."""
 
-    def __init__(self, device: torch.device, waited: float = 0.0) -> None:
-        """`waited` is the loader's total so far."""
+    def __init__(self, device: torch.device) -> None:
         # loss x images, correct, images; and images since this process began, which its speed counts
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._started = time.perf_counter()
-        self._waited = waited
+        self.restart_clock(0.0)
+
+    def restart_clock(self, wait_seconds: float) -> None:
+        """Speed is that from now on; `wait_seconds` is the loader's total so far."""
+        self._started, self._waited = time.perf_counter(), wait_seconds
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -56,7 +58,7 @@ class Meter:
             torch.distributed.all_reduce(sums)
         values = self._values(sums, wait_seconds)
         self._sums.zero_()
-        self._started, self._waited = time.perf_counter(), wait_seconds
+        self.restart_clock(wait_seconds)
         return values
 
     def peek(self, wait_seconds: float) -> dict[str, float]:

@@ -17,11 +17,6 @@ from bsnas.engine.training.finite import Finiteness, RunningStatistics
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def default_precision(process: Process) -> Precision:
-    """bf16 on a GPU. fp32 on a CPU, where bf16 backward of depthwise convolutions is twice as slow."""
-    return "bf16" if process.device.type == "cuda" else "fp32"
-
-
 def learning_rate(config: OptimizerConfig, peak: float, epoch: float, total_epochs: int) -> float:
     """Linear warmup to `peak`, then one cosine cycle to zero over all epochs (paper, section 4.1).
 
@@ -231,8 +226,9 @@ class Optimization:
         """What a checkpoint needs besides the network."""
         return {"optimizer": self.optimizer.state_dict(), "finiteness": self.finiteness.state()}
 
-    def load_state(self, state: Mapping[str, Any], file: Path) -> None:
-        """Go on from what `state` wrote into `file`. Raises `UserError` when it does not fit the network."""
+    def load_state(self, content: Mapping[str, Any], name: str, file: Path) -> None:
+        """Go on from what `state` gave, `content[name]`. Raises `UserError` when it does not fit the network."""
+        state = take(content, name, dict, file)
         optimizer = take(state, "optimizer", dict, file)
         own, given = self.optimizer.state_dict()["param_groups"], take(optimizer, "param_groups", list, file)
         # The rate is set in every step, and other versions of torch have other settings besides.

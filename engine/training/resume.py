@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from bsnas.engine.checkpoints.keep import newest_checkpoint, set_newer_aside
 from bsnas.engine.checkpoints.manifest import Checkpoint
 from bsnas.engine.checkpoints.tensor_file import check_tensor
 from bsnas.engine.host.distributed import Process, gather_to_main, on_main
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.training.metrics import Meter
-from bsnas.engine.training.optimization import Optimization
 
 
 def find_checkpoint(directory: Path, process: Process, data: str, say: Callable[[str], None]) -> Checkpoint | None:
@@ -62,22 +61,23 @@ def device_name(process: Process) -> str:
     return torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "cpu"
 
 
-def of_ranks(process: Process, optimization: Optimization, meter: Meter | None) -> dict[str, Any]:
-    """What differs between ranks inside an epoch, for the main process's checkpoint: statistics and sums."""
-    assert meter is not None
-    return {
-        "statistics_of_ranks": gather_to_main(process, optimization.statistics.values),
-        "meter_of_ranks": gather_to_main(process, meter.state()),
-    }
+class PartOfRank(Protocol):
+    """A tensor that differs between ranks inside an epoch."""
+
+    def state(self) -> Tensor: ...
+
+    def load(self, state: Tensor) -> None: ...
 
 
-def load_of_rank(
-    state: Mapping[str, Any], process: Process, optimization: Optimization, meter: Meter, file: Path
-) -> None:
+def of_ranks(process: Process, parts: Mapping[str, PartOfRank]) -> dict[str, Any]:
+    """The parts of all ranks, for the main process's checkpoint."""
+    return {name: gather_to_main(process, part.state()) for name, part in parts.items()}
+
+
+def load_of_rank(content: Mapping[str, Any], process: Process, parts: Mapping[str, PartOfRank], file: Path) -> None:
     """Give this rank its own part of `of_ranks` back. Raises `UserError` when it does not fit."""
-    own = {"statistics_of_ranks": optimization.statistics.values, "meter_of_ranks": meter.state()}
-    for name, tensor in own.items():
-        like = tensor.new_empty(1).expand(process.world_size, *tensor.shape)
-        check_tensor(state.get(name), like=like, name=name, file=file)
-    optimization.statistics.values.copy_(state["statistics_of_ranks"][process.rank])
-    meter.load(state["meter_of_ranks"][process.rank])
+    for name, part in parts.items():
+        own = part.state()
+        like = own.new_empty(1).expand(process.world_size, *own.shape)
+        check_tensor(content.get(name), like=like, name=name, file=file)
+        part.load(content[name][process.rank])

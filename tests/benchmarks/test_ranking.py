@@ -57,7 +57,7 @@ def test_a_study_compares_both_accuracies_and_trains_nothing_twice(alone, tmp_pa
     run = RunDir.create(tmp_path / "run", config)
     make_trainer(run, config, alone).train()
     arguments = RankingArguments(run=run.path, archs=3, candidates=4, epochs=1, resamples=20, step=0)
-    trained, trainer = [], trained_alone.StandaloneTrainer
+    trained, trainer = [], trained_alone.NetworkTraining
 
     def counted(network, *rest):
         trained.append(network.arch)
@@ -65,7 +65,7 @@ def test_a_study_compares_both_accuracies_and_trains_nothing_twice(alone, tmp_pa
             raise KeyboardInterrupt
         return trainer(network, *rest)
 
-    monkeypatch.setattr(trained_alone, "StandaloneTrainer", counted)
+    monkeypatch.setattr(trained_alone, "NetworkTraining", counted)
     with pytest.raises(KeyboardInterrupt):
         study(run, arguments, alone)
     figures = study(run, arguments, alone)

@@ -173,7 +173,7 @@ def test_a_whole_study_is_done_once_and_other_options_are_refused(alone, tmp_pat
     for name in ("random-search", "mobilenet-v2", "torch-pruning"):
         assert networks[name][0]["macs"] <= study.max_macs
 
-    monkeypatch.setattr(study_script, "SupernetTrainer", None)  # nothing is trained again
+    monkeypatch.setattr(study_script, "SupernetTraining", None)  # nothing is trained again
     Study(arguments, alone).run()
     assert Study(arguments, alone).results() == results
     with pytest.raises(UserError, match=r"holds a study with another evolution; give the same options"):

@@ -17,7 +17,7 @@ from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.sampling import fair_round
 from bsnas.engine.training.metrics import Meter
-from bsnas.engine.training.network import StandaloneTrainer
+from bsnas.engine.training.network import NetworkTraining
 from bsnas.engine.training.watch import Watch
 from tests.engine.training.cases import make_trainer, tiny_config
 
@@ -86,12 +86,12 @@ def counted_waits() -> Iterator[Counter[str]]:
 def test_rounds_of_a_supernet(alone: Process, tmp_path: Path, precision: str) -> None:
     config = tiny_config(tmp_path, precision=precision)
     trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
-    batches, meter = trainer._batches(), Meter(alone.device)
-    trainer.supernet.train()
+    batches = trainer.batches()
+    trainer.network.train()
     held = [next(batches) for _ in range(3 * trainer.space.max_live)]  # DALI's own handing over is not a training's
     with counted_waits() as waits:
         for _ in range(3):  # DeepSpeed's timers would begin after two steps
-            trainer.train_round(iter(held), meter)
+            trainer.make_steps(trainer.round(iter(held)))
     assert trainer.progress.rounds == 3
     assert not waits
 
@@ -100,10 +100,10 @@ def test_an_epoch_of_a_network(alone: Process, tmp_path: Path, monkeypatch: pyte
     config = tiny_config(tmp_path)
     network = Subnet(config.space, fair_round(config.space, 0, 0)[0])
     data = open_dataset(config.data, tmp_path / "split.json")
-    trainer = StandaloneTrainer(network, config, tmp_path / "retrain", {"arch": "a"}, alone, data, {})
+    trainer = NetworkTraining(network, config, tmp_path / "retrain", {"arch": "a"}, alone, data, {})
     held = list(trainer.loader.epoch(0))
     monkeypatch.setattr(trainer.loader, "epoch", lambda epoch, start: iter(held))
-    monkeypatch.setattr(trainer, "_save", lambda *, whole_epoch: None)
+    monkeypatch.setattr(trainer, "save", lambda *, whole_epoch: None)
     with counted_waits() as waits:
         trainer.train_epoch()
     assert trainer.progress.passes == len(held) > 3

@@ -28,11 +28,12 @@ from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.sampling import uniform_arch
+from bsnas.engine.training.loop import Step
 from bsnas.engine.training.metrics import Meter
-from bsnas.engine.training.network import StandaloneTrainer
+from bsnas.engine.training.network import NetworkTraining
 from bsnas.engine.training.optimization import Optimization
 from bsnas.engine.training.resume import find_checkpoint, load_of_rank, of_ranks
-from bsnas.engine.training.supernet import SupernetTrainer
+from bsnas.engine.training.supernet import SupernetTraining
 from tests.engine.evaluation.cases import random_images, small_space, trained_like_supernet
 from tests.engine.tiny import TINY, random_archs
 from tests.engine.training.cases import metrics, tiny_config
@@ -50,10 +51,10 @@ def no_signal() -> Any:
     preemption.forget()
 
 
-def trainer(path: Path, cache: Path, process: Process, safety: SafetyConfig | None = None) -> SupernetTrainer:
+def trainer(path: Path, cache: Path, process: Process, safety: SafetyConfig | None = None) -> SupernetTraining:
     config = tiny_config(cache)
     run = RunDir(path) if path.exists() else RunDir.create(path, config)
-    return SupernetTrainer(
+    return SupernetTraining(
         config, run, process, open_dataset(config.data, run.split_file), {}, safety or SafetyConfig()
     )
 
@@ -61,7 +62,7 @@ def trainer(path: Path, cache: Path, process: Process, safety: SafetyConfig | No
 # ---- numbers that are none
 
 
-def poison(one: SupernetTrainer, positions: tuple[int, ...]) -> None:
+def poison(one: SupernetTraining, positions: tuple[int, ...]) -> None:
     receive = one.loader._receive
 
     def poisoned(position: int) -> Any:
@@ -74,25 +75,22 @@ def poison(one: SupernetTrainer, positions: tuple[int, ...]) -> None:
 def test_a_step_without_numbers_changes_nothing_and_is_counted(alone: Process, cache: Path, tmp_path: Path) -> None:
     one = trainer(tmp_path / "run", cache, alone)
     poison(one, (0, 2))
-    before = {name: tensor.clone() for name, tensor in one.supernet.state_dict().items()}
-    batches = one._batches()
-    assert one.meter is None
-    meter = Meter(alone.device)
+    before = {name: tensor.clone() for name, tensor in one.network.state_dict().items()}
     step, states = one._step, []
 
-    def stepped(paths: Any) -> None:
-        step(paths)
-        states.append({name: tensor.clone() for name, tensor in one.supernet.state_dict().items()})
+    def stepped(made: Step) -> None:
+        step(made)
+        states.append({name: tensor.clone() for name, tensor in one.network.state_dict().items()})
 
     one._step = stepped  # type: ignore[method-assign]
-    one.supernet.train()
-    one.train_round(batches, meter)
+    one.network.train()
+    one.make_steps(one.round(one.batches()))
     first = {n: t for n, t in states[0].items() if not n.endswith("num_batches_tracked")}
     assert all(torch.equal(tensor, before[name]) for name, tensor in first.items())
     assert any(not torch.equal(states[1][name], before[name]) for name in first)
     assert one.progress.skipped == 2
     assert one.progress.skipped_in_a_row == 0
-    assert all(tensor.isfinite().all() for tensor in one.supernet.state_dict().values())
+    assert all(tensor.isfinite().all() for tensor in one.network.state_dict().values())
 
 
 def test_too_many_in_a_row_end_with_epoch_step_path_and_images(alone: Process, cache: Path, tmp_path: Path) -> None:
@@ -136,17 +134,17 @@ def test_stopped_in_a_round_that_reaches_past_its_epoch_it_finishes_the_round(
     config = tiny_config(cache)
     config = replace(config, optimizer=replace(config.optimizer, batch_size=300))
 
-    def start(name: str) -> SupernetTrainer:
+    def start(name: str) -> SupernetTraining:
         run = RunDir(tmp_path / name) if (tmp_path / name).exists() else RunDir.create(tmp_path / name, config)
-        return SupernetTrainer(config, run, alone, open_dataset(config.data, run.split_file), {})
+        return SupernetTraining(config, run, alone, open_dataset(config.data, run.split_file), {})
 
     whole, stopped = start("whole"), start("stopped")
     whole.train()
     step = stopped._step
 
-    def told(paths: Any) -> None:
-        step(paths)
-        if stopped.progress.passes == 5:  # counted after the step
+    def told(made: Step) -> None:
+        step(made)
+        if stopped.progress.passes == 6:
             preemption._State.signal_name = "SIGTERM"
 
     stopped._step = told  # type: ignore[method-assign]
@@ -159,8 +157,8 @@ def test_stopped_in_a_round_that_reaches_past_its_epoch_it_finishes_the_round(
     again = start("stopped")
     again.train()
     assert metrics(again.run) == metrics(whole.run)
-    for name, tensor in again.supernet.state_dict().items():
-        assert torch.equal(tensor, whole.supernet.state_dict()[name]), name
+    for name, tensor in again.network.state_dict().items():
+        assert torch.equal(tensor, whole.network.state_dict()[name]), name
 
 
 def _key(evaluator: Evaluator) -> tuple[str, str, str]:
@@ -218,9 +216,9 @@ def test_a_training_is_saved_between_two_steps(alone: Process, cache: Path, tmp_
     one = trainer(tmp_path / "run", cache, alone)
     step = one._step
 
-    def told(paths: Any) -> None:
-        step(paths)
-        if one.progress.passes == 7:
+    def told(made: Step) -> None:
+        step(made)
+        if one.progress.passes == 8:
             preemption._State.signal_name = "SIGTERM"
 
     one._step = told  # type: ignore[method-assign]
@@ -233,16 +231,16 @@ def test_a_training_is_saved_between_two_steps(alone: Process, cache: Path, tmp_
     assert again.progress.passes == 8
     again.train()
     assert metrics(again.run) == metrics(whole.run)
-    for name, tensor in whole.supernet.state_dict().items():
-        assert torch.equal(again.supernet.state_dict()[name], tensor), name
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(again.network.state_dict()[name], tensor), name
 
 
-def retraining(path: Path, cache: Path, process: Process) -> StandaloneTrainer:
+def retraining(path: Path, cache: Path, process: Process) -> NetworkTraining:
     config = tiny_config(cache)
     torch.manual_seed(0)
     network = Subnet(config.space, uniform_arch(config.space, random.Random(0)))
     data = open_dataset(config.data, path / "split.json")
-    return StandaloneTrainer(network, config, path / "retrain", {"arch": "a"}, process, data, {})
+    return NetworkTraining(network, config, path / "retrain", {"arch": "a"}, process, data, {})
 
 
 def test_a_retraining_is_saved_between_two_steps(alone: Process, cache: Path, tmp_path: Path) -> None:
@@ -251,9 +249,9 @@ def test_a_retraining_is_saved_between_two_steps(alone: Process, cache: Path, tm
     one = retraining(tmp_path / "run", cache, alone)
     step = one._step
 
-    def told() -> None:
-        step()
-        if one.progress.passes == 3:
+    def told(made: Step) -> None:
+        step(made)
+        if one.progress.passes == 4:
             preemption._State.signal_name = "SIGTERM"
 
     one._step = told  # type: ignore[method-assign]
@@ -335,7 +333,7 @@ def test_a_checkpoint_past_the_end_is_refused(alone: Process, cache: Path, tmp_p
 def test_an_optimizer_that_does_not_fit_is_refused(alone: Process) -> None:
     optimization = Optimization(Supernet(TINY), OptimizerConfig(batch_size=4), alone, "fp32", {})
     state, file = optimization.state(), Path("a.pt")
-    optimization.load_state(state, file)
+    optimization.load_state({"o": state}, "o", file)
     optimizer = state["optimizer"]
     for values, message in (
         (
@@ -348,10 +346,11 @@ def test_an_optimizer_that_does_not_fit_is_refused(alone: Process) -> None:
         ),
     ):
         with pytest.raises(UserError, match=message):
-            optimization.load_state({**state, "optimizer": {**optimizer, "state": values}}, file)
+            changed = {**state, "optimizer": {**optimizer, "state": values}}
+            optimization.load_state({"o": changed}, "o", file)
     scale = {**state["finiteness"], "scale": torch.tensor(float("inf"))}
     with pytest.raises(UserError, match=r"the loss scale in a.pt is inf; it must be above 0"):
-        optimization.load_state({**state, "finiteness": scale}, file)
+        optimization.load_state({"o": {**state, "finiteness": scale}}, "o", file)
 
 
 def test_another_number_of_processes_or_device_goes_on_from_an_epoch_and_says_so(
@@ -375,10 +374,11 @@ def test_what_belongs_to_a_rank_comes_back(alone: Process, tmp_path: Path) -> No
     meter = Meter(alone.device)
     meter.state()[:] = torch.tensor([1.0, 2, 3, 4])
     optimization.statistics.values.fill_(0.5)
-    state = of_ranks(alone, optimization, meter)
+    parts = {"statistics": optimization.statistics, "meter": meter}
+    state = of_ranks(alone, parts)
     state = {name: tensor.clone() for name, tensor in state.items()}
     optimization.statistics.values.zero_()
-    load_of_rank(state, alone, optimization, meter, tmp_path)
+    load_of_rank(state, alone, parts, tmp_path)
     assert (optimization.statistics.values == 0.5).all()
     assert meter.state().tolist() == [1, 2, 3, 0]
 

@@ -19,7 +19,7 @@ from bsnas.engine.host.distributed import Process, entered_by_main, on_main
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.runs.rundir import NetworkDir, read_json, write_json
 from bsnas.engine.space.space import Arch, Space
-from bsnas.engine.training.network import StandaloneTrainer, measure_accuracy
+from bsnas.engine.training.network import NetworkTraining, measure_accuracy
 
 _SETTINGS = ("epochs", "learning_rate", "batch_size")
 
@@ -72,7 +72,7 @@ class TrainedAlone:
         What another process has in training there is waited for, and then taken over.
         """
         with entered_by_main(self.process, _alone_in(directory)):
-            trainer = StandaloneTrainer(
+            trainer = NetworkTraining(
                 network, self.config, directory, request, self.process, self.data, {}, self.safety
             )
             trainer.train()

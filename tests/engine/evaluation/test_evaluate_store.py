@@ -33,8 +33,9 @@ def counted(monkeypatch):
     count = TreeCounter._count_chunk
 
     def recorded(self, start, stop, memory):
-        ranges.append((start, stop, len(self.tree.leaves)))
-        return count(self, start, stop, memory)
+        counts = count(self, start, stop, memory)
+        ranges.append((start, start + counts.images, len(self.tree.leaves)))
+        return counts
 
     monkeypatch.setattr(TreeCounter, "_count_chunk", recorded)
     return ranges

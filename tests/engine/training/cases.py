@@ -10,7 +10,7 @@ from bsnas.engine.host.distributed import Process
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.space import Cluster, Space
 from bsnas.engine.training.metrics import CLOCK_VALUES
-from bsnas.engine.training.supernet import SupernetTrainer
+from bsnas.engine.training.supernet import SupernetTraining
 
 
 def tiny_space() -> Space:
@@ -47,9 +47,9 @@ def tiny_config(cache: Path, **changes: Any) -> RunConfig:
 
 def make_trainer(
     run: RunDir, config: RunConfig, process: Process, overrides: dict[str, Any] | None = None
-) -> SupernetTrainer:
+) -> SupernetTraining:
     """A trainer from the start or from the run's newest checkpoint."""
-    return SupernetTrainer(config, run, process, open_dataset(config.data, run.split_file), overrides or {})
+    return SupernetTraining(config, run, process, open_dataset(config.data, run.split_file), overrides or {})
 
 
 def metrics(run: RunDir) -> list[dict[str, Any]]:

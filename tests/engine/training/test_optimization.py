@@ -17,7 +17,7 @@ from bsnas.engine.host.script import load_deepspeed_overrides
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.space.sampling import fair_round
 from bsnas.engine.space.space import Arch
-from bsnas.engine.training.optimization import Optimization, deepspeed_config, default_precision, learning_rate
+from bsnas.engine.training.optimization import Optimization, deepspeed_config, learning_rate
 from tests.engine.evaluation.cases import trained_like_supernet
 from tests.engine.space.strategies import shrunk_at_random
 from tests.engine.tiny import ARCH, SHARINGS, TINY, images

@@ -12,7 +12,7 @@ from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.space import Space
-from bsnas.engine.training.supernet import SupernetTrainer
+from bsnas.engine.training.supernet import SupernetTraining
 from bsnas.kernels import graphs
 from tests.engine.training.cases import make_trainer, metrics, tiny_config
 
@@ -23,7 +23,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole_run(alone: Process, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, SupernetTrainer]:
+def whole_run(alone: Process, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, SupernetTraining]:
     """A training from start to end."""
     config = tiny_config(cache)
     run = RunDir.create(tmp_path_factory.mktemp("runs") / "whole", config)
@@ -32,7 +32,7 @@ def whole_run(alone: Process, cache: Path, tmp_path_factory: pytest.TempPathFact
     return run, trainer
 
 
-def test_a_training_learns_and_shrinks(whole_run: tuple[RunDir, SupernetTrainer]) -> None:
+def test_a_training_learns_and_shrinks(whole_run: tuple[RunDir, SupernetTraining]) -> None:
     run, trainer = whole_run
     epochs = [line for line in metrics(run) if line["kind"] == "epoch"]
     assert [line["epoch"] for line in epochs] == [1, 2, 3]
@@ -43,20 +43,20 @@ def test_a_training_learns_and_shrinks(whole_run: tuple[RunDir, SupernetTrainer]
 
 
 def test_the_same_seed_gives_the_same_metrics(
-    whole_run: tuple[RunDir, SupernetTrainer], alone: Process, cache: Path, tmp_path: Path
+    whole_run: tuple[RunDir, SupernetTraining], alone: Process, cache: Path, tmp_path: Path
 ) -> None:
     run, trainer = whole_run
     again = RunDir.create(tmp_path / "again", tiny_config(cache))
     repeated = make_trainer(again, tiny_config(cache), alone)
     repeated.train()
     assert metrics(again) == metrics(run)
-    for name, tensor in repeated.supernet.state_dict().items():
-        assert torch.equal(tensor, trainer.supernet.state_dict()[name]), name
+    for name, tensor in repeated.network.state_dict().items():
+        assert torch.equal(tensor, trainer.network.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(
-    whole_run: tuple[RunDir, SupernetTrainer], alone: Process, cache: Path, tmp_path: Path, stop_after: int
+    whole_run: tuple[RunDir, SupernetTraining], alone: Process, cache: Path, tmp_path: Path, stop_after: int
 ) -> None:
     run, trainer = whole_run
     config = tiny_config(cache)
@@ -71,8 +71,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     assert second.progress.epoch == stop_after
     second.train()
     assert metrics(stopped) == metrics(run)
-    for name, tensor in second.supernet.state_dict().items():
-        assert torch.equal(tensor, trainer.supernet.state_dict()[name]), name
+    for name, tensor in second.network.state_dict().items():
+        assert torch.equal(tensor, trainer.network.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("batches", ["shared", "fresh"])
@@ -84,12 +84,12 @@ def test_every_sampling_mode_trains(
     sampling = SamplingConfig(sampler=sampler, update=update, batches=batches)  # type: ignore[arg-type]
     config = tiny_config(cache, sampling=sampling)
     trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
-    before = {name: p.detach().clone() for name, p in trainer.supernet.named_parameters()}
+    before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
     trainer.train_epoch()
     paths = trainer.progress.rounds * trainer.space.max_live
     assert trainer.progress.passes == paths >= trainer.loader.steps_per_epoch
     assert trainer.progress.batches == (paths if batches == "fresh" else trainer.progress.rounds)
-    moved = {name for name, p in trainer.supernet.named_parameters() if not torch.equal(p, before[name])}
+    moved = {name for name, p in trainer.network.named_parameters() if not torch.equal(p, before[name])}
     if sampler == "fair":
         assert moved == set(before)
     else:
@@ -100,18 +100,18 @@ def test_dropped_operations_keep_their_weights(alone: Process, cache: Path, tmp_
     config = tiny_config(cache, sharing="channels")
     trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
     trainer.train_epoch()
-    larger = trainer.supernet
+    larger = trainer.network
     values = {name: tensor.clone() for name, tensor in larger.state_dict().items()}
     trainer.make_shrink_step()
-    survivors = set(trainer.supernet.state_dict())
+    survivors = set(trainer.network.state_dict())
     assert survivors < set(values)
-    for name, tensor in trainer.supernet.state_dict().items():
+    for name, tensor in trainer.network.state_dict().items():
         assert torch.equal(tensor, values[name][tuple(map(slice, tensor.shape))]), name
     trainer.train_epoch()
     for name, tensor in larger.state_dict().items():
         assert torch.equal(tensor, values[name]), name
     owned = {id(p) for group in trainer.optimization.optimizer.param_groups for p in group["params"]}
-    assert owned == {id(p) for p in trainer.supernet.parameters()}
+    assert owned == {id(p) for p in trainer.network.parameters()}
 
 
 def test_scoring_gets_the_memory_of_the_graphs(
@@ -160,14 +160,14 @@ def test_operations_never_sampled_keep_their_weights(
         return fair(narrow, seed, round_index)
 
     monkeypatch.setattr(trainer, "draw_round", only_kernel_3)
-    before = {name: tensor.clone() for name, tensor in trainer.supernet.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
     trainer.train_epoch()
     never = [name for name in before if "k5t2" in name]
     assert never
     for name in never:
-        assert torch.equal(trainer.supernet.state_dict()[name], before[name]), name
+        assert torch.equal(trainer.network.state_dict()[name], before[name]), name
     assert not torch.equal(
-        trainer.supernet.state_dict()["blocks.0.weights.k3t2.project"], before["blocks.0.weights.k3t2.project"]
+        trainer.network.state_dict()["blocks.0.weights.k3t2.project"], before["blocks.0.weights.k3t2.project"]
     )
 
 
