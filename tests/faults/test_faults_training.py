@@ -345,8 +345,8 @@ def test_an_optimizer_that_does_not_fit_is_refused(alone: Process) -> None:
             r"momentum 0 in a.pt is torch.float32 \[1\]; it must be torch.float32",
         ),
     ):
+        changed = {**state, "optimizer": {**optimizer, "state": values}}
         with pytest.raises(UserError, match=message):
-            changed = {**state, "optimizer": {**optimizer, "state": values}}
             optimization.load_state({"o": changed}, "o", file)
     scale = {**state["finiteness"], "scale": torch.tensor(float("inf"))}
     with pytest.raises(UserError, match=r"the loss scale in a.pt is inf; it must be above 0"):
