@@ -22,6 +22,9 @@ from bsnas.engine.host.errors import UserError
 
 MAX_THREADS = 16
 BATCH = 64
+JPEG = {"jpeg_fancy_upsampling": True}
+"""Options of all decoders: the GPU interpolates chroma as libjpeg-turbo does, so that a network sees the pixels in
+training that it is scored on, which always come from the CPU."""
 fn: Any = nvidia.dali.fn  # operators are made at import, and the stubs know only some
 types: Any = nvidia.dali.types
 
@@ -86,7 +89,7 @@ def decode_images(files: FileList, config: DataConfig) -> Iterator[npt.NDArray[n
 
 def evaluation_transform(image: DataNode, config: DataConfig, device: str = "cpu") -> DataNode:
     """Decode, then an exact resize, or torchvision's Resize and CenterCrop with its rounding, to the pixel."""
-    decoded = fn.decoders.image(image, device=device, output_type=output_type(config.channels))
+    decoded = fn.decoders.image(image, device=device, output_type=output_type(config.channels), **JPEG)
     size = (config.resolution, config.resolution)
     if config.resize is None:
         return fn.resize(decoded, size=size, antialias=True)
