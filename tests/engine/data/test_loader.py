@@ -286,10 +286,11 @@ def test_share_decoded_by_the_cpu(place):
 
 def traced(place, monkeypatch, *, dtype=torch.float32, **changes):
     """The operators of a training pipeline for a GPU, which are defined but not made: that needs one."""
-    monkeypatch.setattr(Pipeline, "build", Pipeline._build_graph)
     config = folder_config(*place, **changes)
+    files = open_dataset(config).train
+    monkeypatch.setattr(Pipeline, "build", Pipeline._build_graph)
     pipeline = train_pipeline(
-        Augmentation(config, seed=3), lambda: (), open_dataset(config).train, batch_size=2, threads=1,
+        Augmentation(config, seed=3), lambda: (), files, batch_size=2, threads=1,
         device=torch.device("cuda", 0), dtype=dtype, exact_size=False,
     )  # fmt: skip
     return pipeline._ops
