@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("kernels", "engine", "search", "benchmarks", "tests")
-NO_TORCH = ("errors", "preemption", "space", "cost", "sampling", "shrink")
+NO_TORCH = ("errors", "launcher", "preemption", "space", "cost", "sampling", "shrink")
 ALLOWED_WITHOUT_TORCH = {f"engine.{name}" for name in NO_TORCH} | {"engine"}
 
 

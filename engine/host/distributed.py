@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from bsnas.engine import launcher
 from bsnas.engine.evaluation.memory import keep_freed_memory
 from bsnas.engine.host.console import adopt_loggers, hide_libraries
 from bsnas.engine.host.errors import UserError, machine_failure
@@ -59,16 +60,22 @@ def start_process(timeout_minutes: float = 30) -> Process:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Compiling this shared-memory operation takes 50 s, and only inference_all_reduce, never called here, uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cpu")
-    keep_freed_memory()
+    local_rank = launcher.local_rank()
+    told: dict[str, int | str] = {
+        "RANK": launcher.rank(),
+        "WORLD_SIZE": launcher.world_size(),
+        "LOCAL_RANK": local_rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": launcher.master_port() or _free_port(),
+    }
+    for name, value in told.items():
+        os.environ.setdefault(name, str(value))
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = _gpu(local_rank)
         torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        keep_freed_memory()
     timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
@@ -90,6 +97,15 @@ def start_process(timeout_minutes: float = 30) -> Process:
         local_rank=local_rank,
         device=device,
     )
+
+
+def _gpu(local_rank: int) -> torch.device:
+    if local_rank >= (seen := torch.cuda.device_count()):
+        raise UserError(
+            f"LOCAL_RANK is {local_rank}, but this process sees GPUs 0 to {seen - 1} only; start one process per GPU, "
+            "as deepspeed does without --num_gpus"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def on_main(process: Process, action: Callable[[], Result]) -> Result:

@@ -100,7 +100,12 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    from engine.launcher import rank  # which raises UserError itself
+
+    try:
+        return rank()
+    except UserError:
+        return 0  # a process that does not know its place speaks for itself
 
 
 def _leave(line: str, code: object, *, told: bool) -> None:

@@ -19,6 +19,7 @@ from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.data.file_list import FileList
 from bsnas.engine.data.shard_reader import read_ranges
 from bsnas.engine.host.errors import UserError
+from engine.launcher import local_size
 
 MAX_THREADS = 16
 BATCH = 64
@@ -36,7 +37,7 @@ def thread_count(config: DataConfig) -> int:
     """Configured threads, else this process's share of the cores that it may use."""
     if config.threads:
         return config.threads
-    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // local_size()))
 
 
 def prefetch_depth(config: DataConfig, device: torch.device) -> int:
