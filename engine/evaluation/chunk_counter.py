@@ -101,14 +101,22 @@ class ChunkCounter:
         parts = [Counts.zeros(len(self.tree.leaves), 0)]
         while start < stop:
             end = min(start + self.chunk, stop)
-            try:
-                parts.append(self._count_chunk(start, end))
-                start = end
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
+            counts = self._count_if_it_fits(start, end)
+            if counts is None:
                 self._use_less_memory(end - start)
+            else:
+                parts.append(counts)
+                start = end
         return Counts.joined(parts)
+
+    def _count_if_it_fits(self, start: int, stop: int) -> Counts | None:
+        """None when memory ran out: only outside is what the failed pass held free, and the exception with it."""
+        try:
+            return self._count_chunk(start, stop)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
 
     def _use_less_memory(self, images: int) -> None:
         if images == 1:
@@ -119,8 +127,7 @@ class ChunkCounter:
         self.chunk = images // 2
         self.memory = self.memory.halved()
         self._runner = TreeRunner(self.tree, self.layers, self.memory, self.dtype)
-        if self.data.labels.is_cuda:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def _count_chunk(self, start: int, stop: int) -> Counts:
         images, labels = self.data.normalized(start, stop, self.dtype), self.data.labels[start:stop]

@@ -122,23 +122,27 @@ class RoundRunner:
 
     def _recalibrate(self, tree: PrefixTree, images: ScoredImages, run_all: RunAll) -> TreeStatistics:
         """The statistics of every node. Out of memory, it starts again and holds half as many nodes at once."""
-        while True:
-            try:
-                statistics = self._add_statistics(tree, images, run_all)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self.memory.activations < MIB:
-                    raise UserError(
-                        f"a batch of {recalibration_batch(len(images))} images does not fit in the memory of "
-                        f"{self.device}; end other programs there, or score with bn running"
-                    ) from None
-                self.memory = self.memory.halved()
+        while (statistics := self._statistics_if_they_fit(tree, images, run_all)) is None:
+            if self.memory.activations < MIB:
+                raise UserError(
+                    f"a batch of {recalibration_batch(len(images))} images does not fit in the memory of "
+                    f"{self.device}; end other programs there, or score with bn running"
+                )
+            self.memory = self.memory.halved()
+            torch.cuda.empty_cache()
         if self.ranks.world > 1:
             for tensor in statistics.tensors():
                 dist.all_reduce(tensor)
         return statistics
+
+    def _statistics_if_they_fit(self, tree: PrefixTree, images: ScoredImages, run_all: RunAll) -> TreeStatistics | None:
+        """None when memory ran out: only outside is what the failed pass held free, and the exception with it."""
+        try:
+            return self._add_statistics(tree, images, run_all)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
 
     def _add_statistics(self, tree: PrefixTree, images: ScoredImages, run_all: RunAll) -> TreeStatistics:
         """This rank's sums: batches are shared out over ranks and workers."""

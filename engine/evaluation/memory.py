@@ -75,6 +75,9 @@ class Memory:
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
+        # What torch keeps for later is free, too. Given back and asked for, rather than added up: torch's figures also
+        # count what captured graphs use when they are replayed.
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
