@@ -28,6 +28,7 @@ from bsnas.benchmarks.parts.scoring.measure import Case, measure_case
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.engine.host.cli import parse, write_figures
 from bsnas.engine.host.errors import UserError, run
+from engine.float32 import exact_float32
 
 CaseName = Literal["full-36", "full-360", "full-1000", "shrunk-36", "shrunk-360", "shrunk-1000"]
 
@@ -74,6 +75,8 @@ def main() -> None:
     arguments = parse(EvaluationArguments, __doc__, sys.argv[1:])
     console = Console(stderr=True)
     device = torch.device(arguments.device)
+    if device.type == "cuda":
+        exact_float32()
     data = load_images(TRAINING_IMAGES, TRAINING_IMAGES + arguments.images)
     cache = Path(arguments.cache_dir).expanduser()
     supernet = trained_supernet(arguments.train_steps, cache, device, console)

@@ -17,6 +17,7 @@ from bsnas.engine import launcher
 from bsnas.engine.evaluation.memory import keep_freed_memory
 from bsnas.engine.host.console import adopt_loggers, hide_libraries
 from bsnas.engine.host.errors import UserError, machine_failure
+from engine.float32 import exact_float32
 
 Result = TypeVar("Result")
 
@@ -73,6 +74,7 @@ def start_process(timeout_minutes: float = 30) -> Process:
     if torch.cuda.is_available():
         device = _gpu(local_rank)
         torch.cuda.set_device(device)
+        exact_float32()
     else:
         device = torch.device("cpu")
         keep_freed_memory()

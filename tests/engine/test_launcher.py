@@ -16,6 +16,8 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
+    """What a process that starts adds to the environment goes, too."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
 
@@ -83,3 +85,24 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match=r"LOCAL_RANK is 2, but this process sees GPUs 0 to 1 only; start one process"):
         start_process()
+
+
+def test_fp32_is_not_tf32_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    class Joined(Exception):
+        pass
+
+    def joins(**settings: object) -> None:
+        raise Joined
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(deepspeed, "init_distributed", joins)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with pytest.raises(Joined):
+        start_process()
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
