@@ -365,7 +365,7 @@ def test_gpu_batches_match_the_cpu(place, augment, dtype, share):
         assert images.dtype == dtype
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(labels, gpu_labels.cpu())
-        # Grey levels: 0.8 to 1.8 on these miniatures (H100) while nvJPEG did not interpolate chroma as libjpeg-turbo does.
+        # Grey levels: 0.8 to 1.8 on these miniatures (H100) while nvJPEG did not interpolate chroma as the CPU does.
         difference = (images.cpu().float() - expected).abs() * 0.25 * 255
         assert difference.mean() < 2.5
 
