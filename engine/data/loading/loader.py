@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from nvidia.dali.pipeline import Pipeline
-from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray, to_torch_type
+from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from torch import Tensor
 
 from bsnas.engine.data.dataset import DataConfig
