@@ -27,6 +27,7 @@ from bsnas.benchmarks.parts.scoring.case import TRAINING_IMAGES, full_space, loa
 from bsnas.benchmarks.parts.scoring.measure import Case, measure_case
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.precision import exact_float32
 from bsnas.engine.host.script import parse, run, write_figures
 
 CaseName = Literal["full-36", "full-360", "full-1000", "shrunk-36", "shrunk-360", "shrunk-1000"]
@@ -78,6 +79,8 @@ def main() -> None:
     arguments = parse(EvaluationArguments, __doc__, sys.argv[1:])
     console = Console(stderr=True)
     device = torch.device(arguments.device)
+    if device.type == "cuda":
+        exact_float32()
     pixels = arguments.resolution
     data = load_images(TRAINING_IMAGES, TRAINING_IMAGES + arguments.images, pixels)
     cache = Path(arguments.cache_dir).expanduser()

@@ -25,8 +25,8 @@ ORDER = {
 }  # fmt: skip
 """The folders and modules of each package, each before what may import it."""
 NO_TORCH = (
-    "engine/space", "engine/host/errors.py", "engine/host/preemption.py", "engine/host/script.py", "engine/config.py",
-    "engine/runs/rundir.py", "engine/runs/facts.py",
+    "engine/space", "engine/config.py", "engine/host/errors.py", "engine/host/launcher.py", "engine/host/preemption.py",
+    "engine/host/script.py", "engine/runs/rundir.py", "engine/runs/facts.py",
 )  # fmt: skip
 """Folders and files whose modules load without torch."""
 DALI_ALLOWED = (

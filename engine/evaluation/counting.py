@@ -69,7 +69,7 @@ class Counting:
         for part in self._parts(archs):
             tree = PrefixTree(self.supernet.space, part, self.data.resolution)
             chunk = smallest(self.process, self.memory.chunk_images(tree, self.dtype.itemsize))
-            budget = Budget(replace(self.memory, max_chunk=chunk), self.process.device)
+            budget = Budget(replace(self.memory, max_chunk=chunk))
             with chunk_workers(self.workers) as run_all:
                 layers = self._layers(tree, budget, run_all)
                 counter = TreeCounter(tree, layers, self.data, budget, self.dtype, self.process, self.progress)

@@ -81,11 +81,10 @@ class Memory:
 
 
 class Budget:
-    """The memory that work may use on a device: less from each time on that it ran out. Threads may share it."""
+    """The memory that work may use: less from each time on that it ran out. Threads may share it."""
 
-    def __init__(self, memory: Memory, device: torch.device) -> None:
+    def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        self._device = device
 
     def fit(self, work: Callable[[Memory], Result], too_large: str) -> Result:
         """`work` with this memory, or with half of it, and so on. Raises `UserError` of that text at the end."""
@@ -99,11 +98,13 @@ class Budget:
             if self.memory.max_chunk == 1 and self.memory.activations < MIB:
                 raise UserError(too_large)
             self.memory = self.memory.halved()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
+        # What torch keeps for later is free, too. Given back and asked for, rather than added up: torch's figures also
+        # count what captured graphs use when they are replayed.
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available

@@ -83,7 +83,7 @@ def evaluator_of(
         bn=bn,
         recalibration=recalibration_set(config, data) if bn == "recalibrate" else None,
         process=process,
-        dtype=COMPUTE_DTYPES[config.precision or default_precision(process)],
+        dtype=COMPUTE_DTYPES[config.precision or default_precision(process.device)],
         memory_budget_mib=config.evaluation.memory_mib,
         store=run.evaluations,
         progress=process.is_main,

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from bsnas.engine.host import launcher
 from bsnas.engine.host.allocator import keep_freed_memory
 from bsnas.engine.host.console import adopt_loggers, hide_libraries
 from bsnas.engine.host.errors import UserError, machine_failure
+from bsnas.engine.host.precision import exact_float32
 from bsnas.engine.host.preemption import requested, stop_here
 
 Result = TypeVar("Result")
@@ -68,16 +70,23 @@ def start_process(timeout_minutes: float = 30) -> Process:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Compiling this shared-memory operation takes 50 s, and only inference_all_reduce, never called here, uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cpu")
-    keep_freed_memory()
+    local_rank = launcher.local_rank()
+    told: dict[str, int | str] = {
+        "RANK": launcher.rank(),
+        "WORLD_SIZE": launcher.world_size(),
+        "LOCAL_RANK": local_rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": launcher.master_port() or _free_port(),
+    }
+    for name, value in told.items():
+        os.environ.setdefault(name, str(value))
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = _gpu(local_rank)
         torch.cuda.set_device(device)
+        exact_float32()
+    else:
+        device = torch.device("cpu")
+        keep_freed_memory()
     timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
@@ -94,6 +103,15 @@ def start_process(timeout_minutes: float = 30) -> Process:
     everyone = range(torch.distributed.get_world_size())
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(everyone, timeout=timeout)
     return Process.current(device, local_rank)
+
+
+def _gpu(local_rank: int) -> torch.device:
+    if local_rank >= (seen := torch.cuda.device_count()):
+        raise UserError(
+            f"LOCAL_RANK is {local_rank}, but this process sees GPUs 0 to {seen - 1} only; start one process per GPU, "
+            "as deepspeed does without --num_gpus"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def on_main(process: Process, action: Callable[[], Result]) -> Result:

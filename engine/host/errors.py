@@ -37,7 +37,7 @@ _WAYS_OUT = {
     errno.ENFILE: "close other programs",
 }
 _NO_MEMORY = re.compile(
-    "out of memory|can't allocate memory|CUDNN_STATUS_ALLOC_FAILED|std::bad_alloc"
+    r"out of memory|can't allocate memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC(ATION)?_FAILED|std::bad_alloc"
     "|could not (create a primitive|create a memory object|execute a primitive)$",  # oneDNN says no more
     re.MULTILINE,
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
+from bsnas.engine.host import launcher
 from bsnas.engine.host.console import ConsoleOptions, use_options
 from bsnas.engine.host.errors import EXIT_MACHINE_ERROR, MachineError, UserError, machine_failure
 from bsnas.engine.host.preemption import Preempted, handle_signals, started
@@ -139,7 +140,10 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    try:
+        return launcher.rank()
+    except UserError:
+        return 0  # a process that does not know its place speaks for itself
 
 
 def _leave(line: str, code: object, *, told: bool) -> None:

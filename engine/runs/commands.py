@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bsnas.engine.host import launcher
 from bsnas.engine.host.console import keep_messages, note_activity_in
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.rundir import RunDir
@@ -38,7 +39,7 @@ def recorded(run: RunDir, script: str, *, device: torch.device | None = None) ->
 
     Only the main process writes the record; other ranks only have a log of their own.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launcher.rank()
     keep_messages(run.logs / (f"{script}-rank{rank}.log" if rank else f"{script}.log"))
     if rank:
         yield
@@ -80,7 +81,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": hardware(device),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": launcher.world_size(),
     }
 
 

@@ -9,6 +9,7 @@ from copy import deepcopy
 
 import torch
 
+from bsnas.engine.host import launcher
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.space.sampling import fair_round
@@ -29,7 +30,7 @@ def compile_kernels(supernet: Supernet, process: Process, images: int, dtype: to
     with graphs.switched_off():
         launches = recorded_launches(lambda: _round_of_paths(twin, process.device, images, dtype))
     major, minor = torch.cuda.get_device_capability(process.device)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    local_size = launcher.local_size()
     compile_share(launches, 10 * major + minor, process.local_rank % local_size, local_size)
     if process.world_size > 1:
         torch.distributed.barrier()

@@ -79,7 +79,7 @@ class NetworkTraining(Training):
             epochs=epochs,
             kept_epochs=(epochs,),
             seed=config.seed,
-            precision=config.precision or default_precision(process),
+            precision=config.precision or default_precision(process.device),
             process=process,
             fingerprint=data.fingerprint,
             overrides=deepspeed_overrides,

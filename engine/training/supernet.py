@@ -64,7 +64,7 @@ class SupernetTraining(Training):
             epochs=schedule.total_epochs,
             kept_epochs=(*schedule.step_epochs, schedule.total_epochs),
             seed=config.seed,
-            precision=config.precision or default_precision(process),
+            precision=config.precision or default_precision(process.device),
             process=process,
             fingerprint=data.fingerprint,
             overrides=deepspeed_overrides,

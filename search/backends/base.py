@@ -90,7 +90,10 @@ class Session(Protocol):
         ...
 
     def layer_times_ms(self, repeats: int) -> list[tuple[str, float]]:
-        """Median milliseconds of every layer that the backend runs, in order; apart from timing, which it disturbs."""
+        """Median milliseconds of every layer that the backend runs, in order; apart from timing, which it disturbs.
+
+        Raises `CannotRun` where the backend does not tell them.
+        """
         ...
 
 

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from bsnas.engine.host.atomic import write_atomically
@@ -70,8 +72,8 @@ class TensorRTBackend:
         self.describe()
         trt = import_package(self.package)
         cache = TIMING_CACHES / f"{self.package}-{trt.__version__}-{require_cuda().replace(' ', '-')}.cache"
-        onnx = model.onnx_file(precision).read_bytes()
-        engine = build_engine(trt, onnx, (batch, batch, batch), timing_cache=cache)
+        content = model.onnx_file(precision).read_bytes()
+        engine = build_engine(trt, content, (batch, batch, batch), timing_cache=cache)
         return TensorRTSession(trt, engine.content, batch, graph=self.graph)
 
 
@@ -86,7 +88,7 @@ class TensorRTSession:
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
             raise CannotRun("the engine that was built does not load on this GPU")
-        self._context = self._engine.create_execution_context()
+        self._context = execution_context(trt, self._engine)
         self._stream = torch.cuda.Stream()
         shape = (batch, *tuple(self._engine.get_tensor_shape("images"))[1:])
         self._context.set_input_shape("images", shape)
@@ -142,6 +144,19 @@ class TensorRTSession:
         return self._logits.cpu().numpy()
 
 
+def execution_context(trt: ModuleType, engine: Any) -> Any:
+    """A context whose first run of a shape is as fast as the later ones.
+
+    TensorRT-RTX makes kernels for the shape in the background unless told to wait for them, and runs general ones until
+    then: a graph captured at once would keep those, and timing would see both.
+    """
+    if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+        return engine.create_execution_context()
+    config = engine.create_runtime_config()
+    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    return engine.create_execution_context(config)
+
+
 def import_package(package: str) -> ModuleType:
     """Raises `CannotRun` when the package is not installed or does not load."""
     try:
@@ -155,7 +170,7 @@ def import_package(package: str) -> ModuleType:
 
 def build_engine(
     trt: ModuleType,
-    onnx: bytes,
+    content: bytes,
     batches: tuple[int, int, int],
     target: str | None = None,
     timing_cache: Path | None = None,
@@ -164,7 +179,7 @@ def build_engine(
 
     Args:
         trt: the package.
-        onnx: content of the ONNX file.
+        content: of the ONNX file.
         batches: smallest, usual and largest batch size.
         target: GPU generation to build for without having it, as `SM89` (TensorRT-RTX only); this machine's if None.
         timing_cache: file of layer timings that earlier builds left; made or extended where the package has them.
@@ -178,9 +193,11 @@ def build_engine(
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(onnx):
-        raise CannotRun(f"the ONNX file is not understood: {parser.get_error(0).desc()}")
+    if not parser.parse(content):
+        said = first_line(Exception(parser.get_error(0).desc())) if parser.num_errors else logger.reason()
+        raise CannotRun(f"the ONNX file is not understood by {trt.__name__} {trt.__version__}{_opset(content)}: {said}")
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32 (engine/host/precision.py)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # makes the builder list the layers
     if target is not None:
         config.num_compute_capabilities = 1
@@ -190,16 +207,33 @@ def build_engine(
     profile = builder.create_optimization_profile()
     profile.set_shape(images.name, *((batch, *shape) for batch in batches))
     config.add_optimization_profile(profile)
-    cached = timing_cache is not None and hasattr(config, "create_timing_cache")
-    if timing_cache is not None and cached:
-        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    if timing_cache is not None and hasattr(config, "create_timing_cache"):
+        _use_timing_cache(config, timing_cache)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise CannotRun(f"the engine does not build: {logger.reason()}")
-    if timing_cache is not None and cached:
-        write_atomically(timing_cache, bytes(config.get_timing_cache().serialize()))
+    if timing_cache is not None and hasattr(config, "get_timing_cache"):
+        timings = config.get_timing_cache()
+        if timings is not None:
+            write_atomically(timing_cache, bytes(timings.serialize()))
     return Engine(bytes(engine), tuple(logger.layers))
+
+
+def _use_timing_cache(config: Any, file: Path) -> None:
+    """Build with the timings of a file, or with none yet where the builder refuses what it holds, as another GPU's."""
+    for known in (file.read_bytes() if file.is_file() else b"", b""):
+        cache = config.create_timing_cache(known)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return
+
+
+def _opset(content: bytes) -> str:
+    """An ONNX file's operator set, in words: that of bfloat16 (engine/release/onnx.py) is too new for some parsers."""
+    try:
+        model = onnx.ModelProto.FromString(content)
+    except DecodeError:
+        return ""
+    return f", opset {model.opset_import[0].version}" if model.opset_import else ""
 
 
 def _logger(trt: ModuleType) -> Any:

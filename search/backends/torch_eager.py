@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from bsnas.engine.host.precision import exact_float32
 from bsnas.engine.networks.fold_batchnorm import fold_batchnorm
 from bsnas.engine.release.onnx import DTYPES, Precision, first_line
 from bsnas.search.backends.base import CannotRun, Hardware, Model, cpu_with_threads, require_cuda
@@ -26,6 +27,7 @@ class TorchBackend:
     def open(self, model: Model, precision: Precision, batch: int) -> "TorchSession":
         if self.device == "cuda":
             require_cuda()
+            exact_float32()
         if precision == "int8":
             raise CannotRun("torch is not given INT8 here; ONNX Runtime and TensorRT run its Q/DQ file")
         network = fold_batchnorm(model.network).to(self.device, DTYPES[precision])

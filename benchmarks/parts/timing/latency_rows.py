@@ -127,10 +127,15 @@ def time_cases(cases: Sequence[Case], batch: int, effort: Effort) -> list[Timed]
 
 
 def write_profile(case: Case, directory: Path) -> None:
-    """Times of a session's layers as profile-NETWORK-BACKEND-PRECISION-bBATCH.csv."""
+    """Times of a session's layers as profile-NETWORK-BACKEND-PRECISION-bBATCH.csv; a line where it has none."""
     row = case.row
-    file = directory / f"profile-{row['network']}-{row['backend']}-{row['precision']}-b{row['batch']}.csv"
-    write_csv(file, [{"layer": layer, "ms": ms} for layer, ms in case.session.layer_times_ms(PROFILED_RUNS)])
+    name = f"{row['network']}-{row['backend']}-{row['precision']}-b{row['batch']}"
+    try:
+        layers = case.session.layer_times_ms(PROFILED_RUNS)
+    except CannotRun as reason:
+        print(f"no profile of {name}: {reason}")
+        return
+    write_csv(directory / f"profile-{name}.csv", [{"layer": layer, "ms": ms} for layer, ms in layers])
 
 
 @torch.inference_mode()

@@ -19,9 +19,13 @@ from bsnas.engine.data.contents import read_ranges
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.data.file_list import FileList
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.launcher import local_size
 
 MAX_THREADS = 16
 BATCH = 64
+JPEG = {"jpeg_fancy_upsampling": True}
+"""Options of all decoders: the GPU interpolates chroma as libjpeg-turbo does, so that a network sees the pixels in
+training that it is scored on, which always come from the CPU."""
 fn: Any = nvidia.dali.fn  # operators are made at import, and the stubs know only some
 types: Any = nvidia.dali.types
 
@@ -33,7 +37,7 @@ def thread_count(config: DataConfig) -> int:
     """Configured threads, else this process's share of the cores that it may use."""
     if config.threads:
         return config.threads
-    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // local_size()))
 
 
 def prefetch_depth(config: DataConfig, device: torch.device) -> int:
@@ -86,7 +90,7 @@ def decode_images(files: FileList, config: DataConfig) -> Iterator[npt.NDArray[n
 
 def evaluation_transform(image: DataNode, config: DataConfig, device: str = "cpu") -> DataNode:
     """Decode, then an exact resize, or torchvision's Resize and CenterCrop with its rounding, to the pixel."""
-    decoded = fn.decoders.image(image, device=device, output_type=output_type(config.channels))
+    decoded = fn.decoders.image(image, device=device, output_type=output_type(config.channels), **JPEG)
     size = (config.resolution, config.resolution)
     if config.resize is None:
         return fn.resize(decoded, size=size, antialias=True)

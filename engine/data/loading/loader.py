@@ -4,11 +4,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from torch import Tensor
 
 from bsnas.engine.data.dataset import DataConfig
@@ -120,16 +122,16 @@ class TrainLoader:
 
     def _receive(self, position: int) -> tuple[Tensor, Tensor]:
         """The batch at a position counted over all epochs."""
-        with self._wait:
-            outputs = self._run(position)
-        images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-        images = images.to(self._dtype).permute(0, 3, 1, 2)
-        return self._mixing.mix(images, labels, *divmod(position, self.steps_per_epoch))
-
-    def _run(self, position: int) -> tuple:  # type: ignore[type-arg]
         # On a GPU the outputs belong to torch's current stream: the host does not wait, and DALI reuses their memory
         # only after the work that the stream holds by then.
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        with self._wait:
+            outputs = self._run(position, stream)
+        images, labels = (as_torch(output.as_tensor(), self._device, stream) for output in outputs)
+        images = images.to(self._dtype).permute(0, 3, 1, 2)
+        return self._mixing.mix(images, labels, *divmod(position, self.steps_per_epoch))
+
+    def _run(self, position: int, stream: torch.cuda.Stream | None) -> tuple:  # type: ignore[type-arg]
         pipeline = self._pipelines[position % len(self._pipelines)]
         try:
             return pipeline.run(position, stream)
@@ -137,6 +139,18 @@ class TrainLoader:
             steps = [divmod(position, self.steps_per_epoch) for position in pipeline.ahead]
             indices = np.concatenate([np.empty(0, np.int64), *(self._order.rank_batch(*step) for step in steps)])
             raise undecodable_image(self._files, indices.tolist(), self._config, error) from None
+
+
+def as_torch(given: Any, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
+    """DALI's tensor as one of torch on the same device: its memory itself on a CPU, a copy made by `stream` on a GPU.
+
+    DALI cannot know when a GPU is done with memory that DLPack handed over: it waits for the whole device, in a thread
+    of its own and whenever a tensor is dropped. While a stream captures a graph, waiting for the device is an error.
+    """
+    if stream is None:
+        return torch.from_dlpack(given)
+    copy = torch.empty(given.shape(), dtype=to_torch_type[given.dtype], device=device)
+    return feed_ndarray(given, copy, cuda_stream=stream)
 
 
 class _Wait:

@@ -1,22 +1,29 @@
 """Training batches: which images, in which order, which pixels, and where a run can begin."""
 
+import ctypes
+import itertools
+import re
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("nvidia.dali")
 
-from nvidia.dali import pipeline_def
+import nvidia.dali.plugin.pytorch.torch_utils
+from nvidia.dali.pipeline import Pipeline
 
 from bsnas.engine.data.dataset import DataConfig, open_dataset
 from bsnas.engine.data.loading.augment import Augmentation
-from bsnas.engine.data.loading.decode import fn
+from bsnas.engine.data.loading.decode import fn, types
 from bsnas.engine.data.loading.decode_ahead import threads_per_pipeline
 from bsnas.engine.data.loading.evaluation_set import evaluation_set
-from bsnas.engine.data.loading.loader import TrainLoader
+from bsnas.engine.data.loading.loader import TrainLoader, as_torch
 from bsnas.engine.data.loading.order import EpochOrder, sample_uniform
-from bsnas.engine.data.loading.train_pipeline import _decoded
+from bsnas.engine.data.loading.train_pipeline import train_pipeline
 from bsnas.engine.host.errors import UserError
+from bsnas.kernels.graphs import capture
 from tests.engine.data.cases import folder_config, write_image_folder
 
 
@@ -280,21 +287,54 @@ def test_share_decoded_by_the_cpu(place):
         folder_config(*place, cpu_decode_share=1.5)
 
 
+def traced(place, monkeypatch, *, dtype=torch.float32, **changes):
+    """The operators of a training pipeline for a GPU, which are defined but not made: that needs one."""
+    config = folder_config(*place, **changes)
+    files = open_dataset(config).train
+    monkeypatch.setattr(Pipeline, "build", Pipeline._build_graph)
+    pipeline = train_pipeline(
+        Augmentation(config, seed=3), lambda: (), files, batch_size=2, threads=1,
+        device=torch.device("cuda", 0), dtype=dtype, exact_size=False,
+    )  # fmt: skip
+    return pipeline._ops
+
+
+def kind(operator):
+    return type(operator._op).__name__
+
+
+def argument(operator, name):
+    found = re.search(rf"^    {name}: (.*)$", str(operator.spec), re.MULTILINE)
+    return found and found[1]
+
+
 @pytest.mark.parametrize(("share", "decoders"), [(0.0, ["mixed"]), (0.5, ["cpu", "mixed"])])
-def test_decoders_of_a_pipeline_for_a_gpu(place, share, decoders):
-    """The graph as it is defined; running it needs a GPU."""
-    config = folder_config(*place, cpu_decode_share=share)
-    names = Augmentation(config, seed=3).inputs(on_gpu=True)
+def test_decoders_of_a_pipeline_for_a_gpu(place, monkeypatch, share, decoders):
+    operators = traced(place, monkeypatch, cpu_decode_share=share)
+    assert [op._op.device for op in operators if kind(op) == "ImageSlice"] == decoders
 
-    @pipeline_def(enable_conditionals=True)
-    def graph():
-        inputs = {name: fn.external_source(name=name) for name in names}
-        return _decoded(fn.external_source(name="content"), inputs, config, gpu=True, exact_size=False)
 
-    defined = graph(batch_size=2, num_threads=1, device_id=0)
-    defined._build_graph()
-    operators = [node._op for node in defined._ops]
-    assert [op.device for op in operators if type(op).__name__ == "ImageSlice"] == decoders
+@pytest.mark.parametrize("augment", ["resized-crop", "pad-crop"])
+def test_a_gpu_interpolates_chroma_as_the_cpu_does(place, monkeypatch, augment):
+    operators = traced(place, monkeypatch, augment=augment, cpu_decode_share=0.5)
+    decoders = [op for op in operators if kind(op) in ("ImageSlice", "Image")]
+    assert len(decoders) == 2
+    assert [argument(op, "jpeg_fancy_upsampling") for op in decoders] == ["True", "True"]
+
+
+@pytest.mark.parametrize("policy", ["none", "trivial"])
+@pytest.mark.parametrize("erase", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gpu_erases_in_float32_which_is_all_it_can(place, monkeypatch, dtype, erase, policy):
+    """DALI's Erase for GPUs has no fp16; what leaves the pipeline is fp16 all the same where the network takes it."""
+    operators = traced(place, monkeypatch, dtype=dtype, erase=erase, policy=policy)
+    erasing = [op for op in operators if kind(op) == "Erase"]
+    assert len(erasing) == bool(erase)
+    for op in erasing:
+        assert argument(op.inputs[0].source, "dtype") == str(int(types.FLOAT))
+    (last,) = [op for op in operators if kind(op) in ("CropMirrorNormalize", "Cast", "Erase")][-1:]
+    leaves_as = types.FLOAT if dtype == torch.float32 else types.FLOAT16
+    assert argument(erasing[0].inputs[0].source if last in erasing else last, "dtype") == str(int(leaves_as))
 
 
 def test_waiting_is_counted(place):
@@ -328,6 +368,62 @@ def test_gpu_batches_match_the_cpu(place, augment, dtype, share):
         assert images.dtype == dtype
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(labels, gpu_labels.cpu())
-        # Grey levels. nvJPEG interpolates colour otherwise than libjpeg-turbo: 0.8 to 1.8 on these miniatures (H100).
+        # Grey levels: 0.8 to 1.8 on these miniatures (H100) while nvJPEG did not interpolate chroma as the CPU does.
         difference = (images.cpu().float() - expected).abs() * 0.25 * 255
         assert difference.mean() < 2.5
+
+
+class InGpuMemory:
+    """Stands in for a tensor of DALI's on a GPU; its memory here is the host's."""
+
+    dtype = types.FLOAT16
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+        self.copied_by: list[tuple[int, bool]] = []
+
+    def shape(self):
+        return list(self.values.shape)
+
+    def copy_to_external(self, target, stream, non_blocking):
+        self.copied_by.append((stream.value, non_blocking))
+        ctypes.memmove(target, self.values.ctypes.data, self.values.nbytes)
+
+
+def test_a_batch_on_a_gpu_is_copied_by_torchs_stream_without_waiting(monkeypatch):
+    """DALI waits for the whole device when memory that it handed over by DLPack is dropped; a stand-in has none."""
+    monkeypatch.setattr(nvidia.dali.plugin.pytorch.torch_utils, "TensorGPU", InGpuMemory)
+    given = InGpuMemory(np.arange(24, dtype=np.float16).reshape(2, 3, 4))
+    stream = SimpleNamespace(cuda_stream=4711)
+    tensor = as_torch(given, torch.device("cpu"), stream)
+    assert given.copied_by == [(4711, True)]
+    expected = torch.from_numpy(given.values.copy())
+    given.values[:] = 0
+    assert tensor.dtype == torch.float16
+    assert torch.equal(tensor, expected)
+
+
+def test_a_batch_on_a_cpu_is_not_copied():
+    pipeline = Pipeline(2, 1, None, prefetch_queue_depth=1)
+    with pipeline:
+        pipeline.set_outputs(fn.external_source(lambda: np.ones((2, 3), np.float32), batch=True))
+    given = pipeline.run()[0].as_tensor()
+    assert as_torch(given, torch.device("cpu"), None).data_ptr() == given.data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU to capture graphs")
+@pytest.mark.timeout(300)
+def test_a_graph_is_captured_while_batches_are_dropped(place):
+    """200 batches, each dropped just before a capture: DALI may not synchronise the device meanwhile."""
+    loader = loader_over(place, device="cuda", dtype=torch.bfloat16)
+    x = torch.ones(1 << 16, device="cuda")
+    every = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
+    for _ in range(200):
+        batch = next(every)
+        total = batch[0].float().sum()
+        del batch
+        doubled, replay = capture(lambda: [(x * 2).sum()])
+        replay()
+        assert doubled[0].item() == 2 * x.numel()
+        assert total.isfinite()

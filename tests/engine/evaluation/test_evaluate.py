@@ -3,14 +3,19 @@
 import weakref
 from dataclasses import replace
 from itertools import cycle
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from bsnas.engine.evaluation import counting, evaluator, recalibration, walk
+from bsnas.engine.evaluation import images as scored_images
 from bsnas.engine.evaluation.evaluator import Evaluator, Score
 from bsnas.engine.evaluation.folded import FoldedLayers
+from bsnas.engine.evaluation.images import uploaded
+from bsnas.engine.evaluation.memory import Memory
 from bsnas.engine.evaluation.recalibration import StatisticsLayers
 from bsnas.engine.evaluation.tree import PrefixTree
 from bsnas.engine.evaluation.walk import Walker
@@ -126,6 +131,71 @@ def test_out_of_memory_takes_smaller_pieces_and_goes_on(nested, bn, monkeypatch)
     limit = 0
     with pytest.raises(UserError, match="does not fit in the memory"):
         new().evaluate(archs)
+
+
+@pytest.mark.parametrize("bn", ["running", "recalibrate"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    ],
+)
+def test_a_gpu_gives_memory_back_when_the_failed_pass_is_gone(nested, bn, kind, message, monkeypatch):
+    """An exception's traceback holds the tensors of the pass; emptied too soon, torch's cache keeps their memory."""
+    for module in (evaluator, counting):
+        monkeypatch.setattr(module, "worker_count", lambda device: 1)  # as on a GPU
+    data, training, archs = random_images(70), random_images(32, seed=1), archs_of(SPACES["full"], count=18)
+    expected = Evaluator(nested, data, bn=bn, recalibration=training).evaluate(archs)
+    layers = FoldedLayers if bn == "running" else StatisticsLayers
+    block, limit, held, emptied = layers.block, 24 if bn == "running" else 64, [], []
+
+    def failing(self, level, step, nodes, x):
+        if len(x) > limit:
+            held.append(weakref.ref(x))
+            raise kind(message)
+        return block(self, level, step, nodes, x)
+
+    monkeypatch.setattr(layers, "block", failing)
+    scorer = Evaluator(nested, data, bn=bn, recalibration=training)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append([tensor() is None for tensor in held]))
+    scores = scorer.evaluate(archs)
+    assert len(emptied) == len(held) > 0
+    assert all(all(gone) for gone in emptied)
+    assert [score[4:] for score in scores] == [score[4:] for score in expected], "right answers of all images"
+
+
+def test_free_memory_of_a_gpu_counts_what_torch_keeps_for_later(monkeypatch):
+    free = [10 << 30]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(64 << 30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 80 << 30))
+    memory = Memory.plan(torch.device("cuda", 0), None, 1)
+    assert memory.images == 8 << 30, "an eighth, in which ImageNet's 7.5 GB of images find room"
+    assert Memory.plan(torch.device("cuda", 0), 4096, 1).images == 1 << 30, "a budget that is given is taken"
+
+
+class FileImages(np.ndarray):
+    """Images in a file: remembers how many are read into memory at once."""
+
+    read: ClassVar[list[int]] = []
+
+    def __getitem__(self, index):
+        part = super().__getitem__(index)
+        if isinstance(index, slice):
+            self.read.append(len(part))
+        return part
+
+
+@pytest.mark.parametrize("count", [1, 64, 70])
+def test_images_reach_a_gpu_in_slices(monkeypatch, count):
+    images = random_images(count).images
+    monkeypatch.setattr(scored_images, "UPLOAD_BYTES", 16 * images[0].nbytes + 5)
+    monkeypatch.setattr(FileImages, "read", [])
+    copied = uploaded(images.view(FileImages), torch.device("cpu"))
+    assert copied.dtype == torch.uint8
+    assert np.array_equal(copied.numpy(), images)
+    assert FileImages.read == [16] * (count // 16) + ([count % 16] if count % 16 else [])
 
 
 @pytest.fixture

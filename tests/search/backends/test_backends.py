@@ -2,18 +2,23 @@
 
 import importlib.util
 import random
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
+from bsnas.benchmarks.parts.timing.latency_rows import Case, write_profile
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.release.onnx import onnx_logits, torch_logits
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.search.backends import BACKENDS, CannotRun, Model, session_logits
-from bsnas.search.backends.tensorrt import RTX_TARGETS, EngineLayer, build_engine, import_package
+from bsnas.search.backends import BACKENDS, CannotRun, Model, onnx_runtime, session_logits, torch_eager
+from bsnas.search.backends.onnx_runtime import kernel_times_ms
+from bsnas.search.backends.tensorrt import RTX_TARGETS, EngineLayer, build_engine, execution_context, import_package
 from bsnas.search.backends.timing import interleaved_ms, measure_in_turn
 from tests.search.runs import small_space
 
@@ -89,6 +94,76 @@ def test_half_precision_is_in_the_weights_and_differs_by_its_rounding_only(model
         assert logits.dtype == np.float32
         assert 0 < np.abs(logits - expected).max() < 0.02 * np.abs(expected).max(), name
     assert weight_types(model.onnx_file("fp16")) == {onnx.TensorProto.FLOAT16}
+
+
+def event(kind: str, name: str, us: float, **arguments: str) -> dict:
+    return {"cat": kind, "name": name, "dur": us, "args": arguments}
+
+
+def profile_of_two_runs(kernels: bool) -> list[dict]:
+    """As ONNX Runtime writes it on CUDA: a node's time ends with its launches, and its kernels follow."""
+    events = []
+    for run in (1, 2):
+        for name, op, times in (("conv_1", "Conv", (200, 300)), ("pool", "ReduceMean", (40,))):
+            node = f"{name}_kernel_time"
+            events.append(event("Node", f"{name}_fence_before", 1, op_name=op))
+            events.append(event("Node", node, 7, op_name=op))
+            events += [event("Kernel", "k", us * run, op_name=op, parent_name=node) for us in times if kernels]
+        if kernels:
+            events.append(event("Kernel", "MemcpyDtoH", 1000))
+        events.append(event("Session", "model_run", 5000))
+    return events
+
+
+def test_layers_on_cuda_take_what_their_kernels_take_and_not_their_launches():
+    assert kernel_times_ms(profile_of_two_runs(kernels=True)) == {
+        "Conv conv_1": [pytest.approx(0.5), pytest.approx(1.0)],
+        "ReduceMean pool": [pytest.approx(0.04), pytest.approx(0.08)],
+    }
+    with pytest.raises(
+        CannotRun, match=r"this onnxruntime tells no times of CUDA kernels, only how long the host took"
+    ):
+        kernel_times_ms(profile_of_two_runs(kernels=False))
+
+
+def test_a_session_without_times_of_layers_leaves_no_profile(tmp_path, capsys):
+    class Untold:
+        def layer_times_ms(self, repeats: int) -> list[tuple[str, float]]:
+            raise CannotRun("nothing is told")
+
+    row = {"network": "small", "backend": "onnxruntime-cuda", "precision": "fp32", "batch": 8}
+    write_profile(Case(Untold(), row), tmp_path)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "no profile of small-onnxruntime-cuda-fp32-b8: nothing is told\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_fp32_is_not_tf32_in_onnx_runtime(model, monkeypatch):
+    """The CUDA provider rounds to TF32 unless told not to; the session is a stand-in."""
+    asked = []
+
+    class Session:
+        def __init__(self, file, options, providers) -> None:
+            asked.append(providers)
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider"]
+
+        def io_binding(self) -> None: ...
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnx_runtime, "require_cuda", lambda: "a GPU")
+    BACKENDS["onnxruntime-cuda"].open(model, "fp32", 1)
+    assert asked == [[("CUDAExecutionProvider", {"use_tf32": "0"})]]
+
+
+def test_fp32_is_not_tf32_in_torch(model, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch_eager, "require_cuda", lambda: "a GPU")
+    with pytest.raises((AssertionError, RuntimeError)):  # torch has no CUDA here, or no GPU
+        BACKENDS["torch-cuda"].open(model, "fp32", 1)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 class SlowSession:
@@ -204,5 +279,103 @@ def test_an_engine_that_does_not_build_gives_the_builders_reason(model):
     trt = import_package("tensorrt_rtx")
     with pytest.raises(CannotRun, match=r"the engine does not build: .*b16"):
         build_engine(trt, model.onnx_file("bf16").read_bytes(), (1, 1, 1), "SM75")
-    with pytest.raises(CannotRun, match="the ONNX file is not understood"):
+    with pytest.raises(CannotRun, match=r"the ONNX file is not understood by tensorrt_rtx \d\S+: "):
         build_engine(trt, b"no such thing", (1, 1, 1), "SM80")
+
+
+class StandInBuilder(SimpleNamespace):
+    """What `build_engine` needs of TensorRT: a parser that may refuse, a timing cache that may not fit the GPU."""
+
+    def __init__(self, *, understands: bool = True, fits: Callable[[bytes], bool] = lambda known: True) -> None:
+        self.flags = {"TF32"}
+        self.kept = None
+
+        def create_timing_cache(known: bytes) -> SimpleNamespace | None:
+            return SimpleNamespace(known=known, serialize=lambda: known + b"+") if known != b"torn" else None
+
+        def set_timing_cache(cache, ignore_mismatch: bool) -> bool:
+            assert not ignore_mismatch
+            if fits(cache.known):
+                self.kept = cache
+            return fits(cache.known)
+
+        config = SimpleNamespace(
+            clear_flag=self.flags.discard, add_optimization_profile=lambda profile: None,
+            create_timing_cache=create_timing_cache, set_timing_cache=set_timing_cache,
+            get_timing_cache=lambda: self.kept,
+        )  # fmt: skip
+        images = SimpleNamespace(name="images", shape=(-1, 3, 16, 16))
+        builder = SimpleNamespace(
+            create_network=lambda flags: SimpleNamespace(get_input=lambda index: images),
+            create_builder_config=lambda: config,
+            create_optimization_profile=lambda: SimpleNamespace(set_shape=lambda *shapes: None),
+            build_serialized_network=lambda network, config: b"engine",
+        )
+        parser = SimpleNamespace(
+            parse=lambda content: understands, num_errors=1,
+            get_error=lambda index: SimpleNamespace(desc=lambda: "No importer registered\nfor version 22 of Conv"),
+        )  # fmt: skip
+        super().__init__(
+            __name__="tensorrt", __version__="10.0.1", ILogger=type("ILogger", (), {"ERROR": 1}),
+            NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1), BuilderFlag=SimpleNamespace(TF32="TF32"),
+            ProfilingVerbosity=SimpleNamespace(DETAILED=1),
+            Builder=lambda logger: builder, OnnxParser=lambda network, logger: parser,
+        )  # fmt: skip
+
+
+def test_a_parser_too_old_for_the_file_says_so_in_one_line(model):
+    content = model.onnx_file("bf16").read_bytes()
+    expected = "the ONNX file is not understood by tensorrt 10.0.1, opset 22: No importer registered"
+    with pytest.raises(CannotRun) as caught:
+        build_engine(StandInBuilder(understands=False), content, (1, 1, 1))  # type: ignore[arg-type]
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "fits", "after"),
+    [
+        (None, lambda known: True, b"+"),
+        (b"timings", lambda known: True, b"timings+"),
+        (b"of another GPU", lambda known: not known, b"+"),
+        (b"torn", lambda known: True, b"+"),
+        (b"timings", lambda known: False, b"timings"),
+    ],
+    ids=["none yet", "extended", "refused and begun anew", "unreadable and begun anew", "refused altogether"],
+)
+def test_a_refused_timing_cache_does_not_end_the_build(tmp_path, before, fits, after):
+    file = tmp_path / "timings.cache"
+    if before is not None:
+        file.write_bytes(before)
+    trt = StandInBuilder(fits=fits)
+    engine = build_engine(trt, b"", (1, 1, 1), timing_cache=file)  # type: ignore[arg-type]
+    assert engine.content == b"engine"
+    assert file.read_bytes() == after
+    assert not trt.flags, "fp32 is not TF32"
+
+
+class StandInEngine:
+    def __init__(self) -> None:
+        self.asked = SimpleNamespace(dynamic_shapes_kernel_specialization_strategy="LAZY")
+
+    def create_runtime_config(self) -> SimpleNamespace:
+        return self.asked
+
+    def create_execution_context(self, config=None) -> str:
+        return "as it is" if config is None else config.dynamic_shapes_kernel_specialization_strategy
+
+
+def test_kernels_for_the_shape_are_waited_for_where_the_package_makes_them_later():
+    strategies = SimpleNamespace(LAZY="LAZY", EAGER="EAGER", NONE="NONE")
+    rtx = SimpleNamespace(DynamicShapesKernelSpecializationStrategy=strategies)
+    assert execution_context(rtx, StandInEngine()) == "EAGER"  # type: ignore[arg-type]
+    assert execution_context(SimpleNamespace(), StandInEngine()) == "as it is"  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+def test_the_package_has_the_names_that_the_stand_ins_have():
+    trt = import_package("tensorrt_rtx")
+    assert hasattr(trt.DynamicShapesKernelSpecializationStrategy, "EAGER")
+    assert hasattr(trt.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy")
+    assert hasattr(trt.ICudaEngine, "create_runtime_config")
+    assert hasattr(trt.IBuilderConfig, "get_timing_cache")
+    assert hasattr(trt.BuilderFlag, "TF32")
