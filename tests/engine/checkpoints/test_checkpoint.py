@@ -167,7 +167,7 @@ def test_a_checkpoint_without_its_parts_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"checkpoint .*epoch-0001.pt: this is not a search space"):
         load_checkpoint(file, TINY)
     torch.save({"format": FORMAT, "space": TINY.to_json()}, file)
-    assert load_checkpoint(file, TINY) == (TINY, {"format": FORMAT})
+    assert load_checkpoint(file, TINY) == (TINY, {"format": FORMAT, "space": TINY.to_json()})
 
 
 def test_other_files_beside_checkpoints_do_no_harm(tmp_path):

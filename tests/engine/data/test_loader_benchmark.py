@@ -3,13 +3,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from bsnas.benchmarks.miniatures import CLASSES, miniature, write_miniatures
+from bsnas.benchmarks.loader_augmentations import grey_levels
+from bsnas.benchmarks.miniatures import CLASSES, MiniatureArguments, miniature, write_miniatures
 from bsnas.benchmarks.parts.loading.photographs import write_photographs, write_resized
+from bsnas.engine.data.dataset import DataConfig
+from bsnas.engine.host.errors import UserError
 from tests import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "loader.py"
@@ -110,3 +115,16 @@ def test_miniatures_are_written_once(tmp_path):
     changed = files[0].stat().st_mtime_ns
     write_miniatures(tmp_path / "images", train=20, test=10)
     assert files[0].stat().st_mtime_ns == changed
+
+
+def test_miniatures_of_every_class_are_asked_for():
+    with pytest.raises(UserError, match=r"train 5, test 10: give at least 10, one for each class"):
+        MiniatureArguments(output=Path("images"), train=5, test=10)
+
+
+def test_pixels_and_labels_that_a_loader_makes_up_are_found():
+    expected = torch.zeros(2, 3, 4, 4), torch.zeros(2)
+    with pytest.raises(RuntimeError, match="the loader gave values that are not finite"):
+        grey_levels((expected[0] + float("nan"), expected[1]), expected, DataConfig(source="digits"))
+    with pytest.raises(RuntimeError, match="the loader gave other labels than on the CPU"):
+        grey_levels((expected[0], expected[1] + 1), expected, DataConfig(source="digits"))

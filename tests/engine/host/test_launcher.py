@@ -9,7 +9,8 @@ from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.data.loading.decode import thread_count
 from bsnas.engine.host import launcher
 from bsnas.engine.host.distributed import start_process
-from bsnas.engine.host.errors import UserError, run
+from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.script import run
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
 

@@ -51,16 +51,19 @@ def test_waits_for_the_device_are_counted_apart(monkeypatch):
     class Trainer:
         process = SimpleNamespace(device=torch.device("cpu"), world_size=1)
         loader = SimpleNamespace(wait_seconds=0.0)
-        supernet = torch.nn.Identity()
+        network = torch.nn.Identity()
         optimization = Optimization()
 
-        def _batches(self):
+        def batches(self):
             while True:
                 yield torch.zeros(2, 3, 4, 4), torch.zeros(2)
 
-        def train_round(self, batches, meter):
+        def round(self, batches):
             calls.append(self.optimization.forward.__name__)
-            next(batches)
+            yield next(batches)
+
+        def make_steps(self, steps):
+            assert len(list(steps)) == 1
 
     monkeypatch.setattr(throughput, "Meter", lambda device: SimpleNamespace(state=lambda: torch.tensor([0, 0, 36])))
     figures = throughput.measure(Trainer(), rounds=3)

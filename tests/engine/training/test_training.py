@@ -135,9 +135,9 @@ def test_after_a_shrink_step_nothing_is_left_of_the_larger_supernet(
     trainer.train_epoch()
     trainer.writer.wait()
     optimization = trainer.optimization
-    owners = (trainer.supernet, optimization, optimization.engine, optimization.optimizer, trainer.supernet.tail_weight)
+    owners = (trainer.network, optimization, optimization.engine, optimization.optimizer, trainer.network.tail_weight)
     larger = [weakref.ref(owner) for owner in owners]
-    momentum = weakref.ref(optimization.optimizer.state[trainer.supernet.tail_weight]["momentum_buffer"])
+    momentum = weakref.ref(optimization.optimizer.state[trainer.network.tail_weight]["momentum_buffer"])
     del owners, optimization
     gc.collect()
     gc.disable()
