@@ -7,8 +7,8 @@ Two families, equal in meaning on every backend:
   each from another network that uses the same weights with its own batch normalisation. `folded_*` is the case S = 1.
 
 Backends: `reference` (plain torch, any device) is the specification; `onednn` (CPU) and `triton` (NVIDIA GPU) run the
-convolution with its tail as one kernel. They are chosen as in training (`kernels/dispatch.py`), by what `set_backend`
-or BSNAS_KERNELS forces, else by device. Activations are [N, C, H, W] in channels_last; convolutions keep the size at
+convolution with its tail as one kernel. They are chosen as in training (`kernels/backends.py`).
+Activations are [N, C, H, W] in channels_last; convolutions keep the size at
 stride 1 ("same" padding, odd kernels).
 """
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bsnas.kernels.backends import choose_backend
 from bsnas.kernels.cpu.inference import OneDNN
-from bsnas.kernels.dispatch import forced_backend, warn_of, why_not_triton
 
 
 def fold_norm(norm: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -141,46 +141,10 @@ class Reference:
         return segment_affine_(y, scale, shift, relu6=relu6)
 
 
-def chosen_backend(x: Tensor, name: str | None = None) -> str:
-    """The name given, or the forced one, or the fastest for the tensor. Raises RuntimeError when it cannot run."""
-    name = name or forced_backend() or _fastest(x)
-    reason = why_not(name, x)
-    if reason is not None:
-        raise RuntimeError(f"backend {name!r} cannot run: {reason}; use 'reference', or force none")
-    return name
-
-
 def _backend(name: str | None, x: Tensor) -> Any:
-    name = chosen_backend(x, name)
+    name = choose_backend(x, name, "score")
     if name == "triton":
         from bsnas.kernels.gpu.inference import Triton
 
         return Triton
     return OneDNN if name == "onednn" else Reference
-
-
-def why_not(name: str, x: Tensor) -> str | None:
-    """Why the backend cannot convolve x, or None when it can."""
-    if name == "reference":
-        return None
-    if name == "triton":
-        return why_not_triton(x.device, x.dtype)
-    if name != "onednn":
-        return "it is unknown; allowed are reference, onednn, triton"
-    if x.device.type != "cpu":
-        return f"it runs on the CPU and the tensor is on {x.device.type}"
-    if not torch.backends.mkldnn.is_available():
-        return "this torch has no oneDNN"
-    # In bfloat16 oneDNN convolves with AVX-512 or AVX-NE-CONVERT only.
-    if x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return None
-    return f"it computes in float32, or in bfloat16 where the processor has it, not in {x.dtype}"
-
-
-def _fastest(x: Tensor) -> str:
-    fastest = "triton" if x.device.type == "cuda" else "onednn"
-    reason = why_not(fastest, x)
-    if reason is None:
-        return fastest
-    warn_of(reason)
-    return "reference"

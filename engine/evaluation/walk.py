@@ -13,8 +13,7 @@ from torch import Tensor
 
 from bsnas.engine.evaluation.memory import Memory
 from bsnas.engine.evaluation.tree import PrefixTree, Step
-from bsnas.kernels import graphs
-from bsnas.kernels.inference import chosen_backend
+from bsnas.kernels import choose_backend, graphs
 
 
 class Layers(Protocol):
@@ -60,7 +59,7 @@ class Walker:
         With CUDA graphs they are buffers that the next walk overwrites. Raises RuntimeError where graphs are switched
         on and cannot run.
         """
-        graphs.check(images, chosen_backend(images))
+        choose_backend(images, work="score")
         if not graphs.enabled() or not self._logits_fit(images, memory):
             yield from walk(self.tree, self.layers, images, memory)
             return

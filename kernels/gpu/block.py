@@ -70,6 +70,39 @@ def _has_shortcut(shape: BlockShape, expand: Tensor | None, norms: int) -> bool:
     return shape.residual and (expand is not None or norms == 2)
 
 
+class Saved(NamedTuple):
+    """What backward needs of a block's forward pass besides its arguments; as a list, those that are there."""
+
+    y2: Tensor
+    """Raw output of the depthwise convolution."""
+    y3: Tensor
+    """Raw output of the projection."""
+    stats2: Tensor
+    stats3: Tensor
+    taps: Tensor
+    """The depthwise kernel's slice, taps first."""
+    w3: Tensor | None
+    """The projection's slice in the compute dtype, where that is not its own."""
+    stats1: Tensor | None
+    """Of the first norm, where there is one."""
+    y1: Tensor | None
+    """Raw output of the expansion, where there is one."""
+    w1: Tensor | None
+    """The expansion's slice in the compute dtype, where that is not its own."""
+
+    def pack(self) -> list[Tensor]:
+        return [tensor for tensor in self if tensor is not None]
+
+    @classmethod
+    def unpack(cls, tensors: list[Tensor], *, norms: int, expands: bool, cast: bool) -> "Saved":
+        """What `pack` gave, of a block with that many norms, with an expansion, with weights of another dtype."""
+        there = {"w3": cast, "stats1": norms == 3, "y1": expands, "w1": expands and cast}
+        rest = iter(tensors)
+        saved = cls(*(next(rest) if there.get(name, True) else None for name in cls._fields))  # type: ignore[arg-type]
+        assert next(rest, None) is None, "a block saves nothing without a name"
+        return saved
+
+
 def block_forward(
     x: Tensor, expand: Tensor | None, depthwise: Tensor, project: Tensor, affine: list[Tensor], running: list[Tensor],
     momenta: list[float], eps: list[float], dims: list[int], training: bool,
@@ -106,17 +139,11 @@ def block_forward(
     stats3 = norm(2, partials, _rows(y3))
     z = torch.empty_like(y3)
     apply(matrix(y3), stats3, matrix(z), residual=matrix(x) if _has_shortcut(shape, expand, len(eps)) else None)
-    saved = [y2, y3, stats2, stats3, taps]
-    if x.dtype != project.dtype:
-        saved.append(w3)
-    if stats1 is not None:
-        saved.append(stats1)
-    if expand is not None:
-        saved.append(y1)
-        if x.dtype != project.dtype:
-            assert w1 is not None
-            saved.append(w1)
-    return [z, *saved]
+    cast, expands = x.dtype != project.dtype, expand is not None
+    saved = Saved(
+        y2, y3, stats2, stats3, taps, w3 if cast else None, stats1, y1 if expands else None, w1 if cast else None
+    )
+    return [z, *saved.pack()]
 
 
 def block_backward(
@@ -125,16 +152,12 @@ def block_backward(
 ) -> list[Tensor]:  # fmt: skip
     """-> gradients of x, (expand,) depthwise, project, then weight and bias of each norm."""
     shape = BlockShape(*dims)
-    rest = list(saved)
-    y2, y3, stats2, stats3, taps = (rest.pop(0) for _ in range(5))
-    w3 = rest.pop(0) if x.dtype != project.dtype else project
-    stats1 = rest.pop(0) if norms == 3 else None
-    y1 = x
-    w1 = expand
-    if expand is not None:
-        y1 = rest.pop(0)
-        if x.dtype != project.dtype:
-            w1 = rest.pop(0)
+    y2, y3, stats2, stats3, taps, cast_w3, stats1, expanded, cast_w1 = Saved.unpack(
+        saved, norms=norms, expands=expand is not None, cast=x.dtype != project.dtype
+    )
+    w3 = project if cast_w3 is None else cast_w3
+    w1 = expand if cast_w1 is None else cast_w1
+    y1 = x if expanded is None else expanded
     shortcut = grad if _has_shortcut(shape, expand, norms) else None
 
     coefficients, *affine3 = finalize_backward(
@@ -177,24 +200,24 @@ _backward_op = torch.library.custom_op("bsnas::inverted_residual_backward", bloc
 def _(x, expand, depthwise, project, affine, running, momenta, eps, dims, training):  # type: ignore[no-untyped-def]
     shape = BlockShape(*dims)
     height, width = output_size(x.shape[2], shape.stride), output_size(x.shape[3], shape.stride)
-    cast = x.dtype != project.dtype
-    y2 = _empty(x, shape.hidden, height, width)
+    cast, expands = x.dtype != project.dtype, expand is not None
     y3 = _empty(x, shape.out_channels, height, width)
 
     def float32(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=x.device)
 
-    out = [torch.empty_like(y3), y2, y3, float32(4, shape.hidden), float32(4, shape.out_channels)]
-    out.append(float32(shape.kernel**2, shape.hidden))
-    if cast:
-        out.append(x.new_empty((shape.out_channels, shape.hidden)))
-    if len(eps) == 3:
-        out.append(float32(4, shape.hidden))
-    if expand is not None:
-        out.append(_empty(x, shape.hidden, x.shape[2], x.shape[3]))
-        if cast:
-            out.append(x.new_empty((shape.hidden, shape.in_channels)))
-    return out
+    saved = Saved(
+        y2=_empty(x, shape.hidden, height, width),
+        y3=y3,
+        stats2=float32(4, shape.hidden),
+        stats3=float32(4, shape.out_channels),
+        taps=float32(shape.kernel**2, shape.hidden),
+        w3=x.new_empty((shape.out_channels, shape.hidden)) if cast else None,
+        stats1=float32(4, shape.hidden) if len(eps) == 3 else None,
+        y1=_empty(x, shape.hidden, x.shape[2], x.shape[3]) if expands else None,
+        w1=x.new_empty((shape.hidden, shape.in_channels)) if expands and cast else None,
+    )
+    return [torch.empty_like(y3), *saved.pack()]
 
 
 @_backward_op.register_fake

@@ -15,19 +15,16 @@ triton = pytest.importorskip("triton")
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build, driver
 
-from bsnas.kernels import choose_backend, dispatch, inference, set_backend
+from bsnas.kernels import backends, choose_backend, set_backend
 
 ON_GPU: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, is_cuda=True)
 
 
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
-    cached = (dispatch._why_not, dispatch.why_not_triton, dispatch._driver_fault, dispatch.warn_of)
-    for function in cached:
-        function.cache_clear()
+    backends.forget()
     yield
-    for function in cached:
-        function.cache_clear()
+    backends.forget()
 
 
 @pytest.fixture
@@ -70,15 +67,15 @@ def test_where_triton_cannot_build_its_driver_plain_torch_runs(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert [choose_backend(ON_GPU) for _ in range(3)] == ["reference"] * 3
-        assert inference.chosen_backend(ON_GPU) == "reference"
+        assert choose_backend(ON_GPU, work="score") == "reference"
     (warning,) = caught
     message = str(warning.message)
     assert "blocks run on plain torch, which is slower: Triton's driver cannot be built here: " in message
     assert reason in message
     assert "install a C compiler and Python's headers (apt-get install gcc python3-dev)" in message
-    for forced in (choose_backend, inference.chosen_backend):
+    for work in ("train", "score"):
         with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run: Triton's driver cannot be built here: "):
-            forced(ON_GPU, "triton")
+            choose_backend(ON_GPU, "triton", work)
 
 
 def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +83,7 @@ def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: asked.append(name) or find_spec(name))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, 0))
-    monkeypatch.setattr(dispatch, "_driver_fault", lambda: asked.append("driver"))
+    monkeypatch.setattr(backends, "driver_fault", lambda: asked.append("driver"))
     half: Any = SimpleNamespace(**vars(ON_GPU) | {"dtype": torch.float16})
     for _ in range(21):
         assert choose_backend(ON_GPU) == choose_backend(half) == "triton"
