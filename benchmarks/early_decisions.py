@@ -23,7 +23,7 @@ from rich.table import Table
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.engine.evaluation.early_decisions import Place, Quotas, places_of
 from bsnas.engine.evaluation.evaluator import Evaluator
-from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import Process, start_process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures

@@ -42,7 +42,7 @@ from bsnas.engine.presets import preset
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.space import Space
 from bsnas.engine.training.supernet import SupernetTraining
-from bsnas.kernels import dispatch
+from bsnas.kernels import training
 from bsnas.kernels.block import BlockShape
 from bsnas.kernels.gpu.launch import CachedLaunches
 from bsnas.kernels.tools.ahead_of_time import block_step
@@ -130,7 +130,7 @@ def measure_round(launch_us: float) -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory() as place,
         mock.patch.object(CachedLaunches, "launch", count),
-        mock.patch.object(dispatch, "choose_backend", return_value="triton"),
+        mock.patch.object(training, "choose_backend", return_value="triton"),
         stand_in_driver(90),
     ):
         trainer = narrow_trainer(Path(place))

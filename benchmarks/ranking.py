@@ -27,7 +27,7 @@ from bsnas.benchmarks.parts.study.agreement import agreement
 from bsnas.benchmarks.parts.study.trained_alone import TrainedAlone
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.engine.config import SafetyConfig
-from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import Process, start_process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures

@@ -38,7 +38,7 @@ from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.benchmarks.ranking import spread_over
 from bsnas.engine.config import RunConfig, SafetyConfig, read_config, to_json
 from bsnas.engine.data.dataset import open_dataset
-from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import Process, entered_by_main, on_main, start_process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
@@ -48,7 +48,7 @@ from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.engine.training.supernet import SupernetTraining
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.algorithms.problem import Limit, parse_count
+from bsnas.search.algorithms.limits import Limit, parse_count
 
 NAMES = (*(cell.name for cell in CELLS), *BASELINES)
 

@@ -23,7 +23,7 @@ if find_spec("bsnas") is None:
 from bsnas.engine.data.checking.quarantine import describe
 from bsnas.engine.data.picture_sheet import class_sheet
 from bsnas.engine.data.preparing.formats.open_source import SourceFormat, open_source
-from bsnas.engine.data.preparing.prepare import QUARANTINE, Preparation, Prepared, prepare, summary
+from bsnas.engine.data.preparing.preparation import QUARANTINE, Preparation, Prepared, prepare, summary
 from bsnas.engine.data.preparing.stored_images import Resizing
 from bsnas.engine.data.split import is_count_or_share
 from bsnas.engine.host.console import hide_libraries

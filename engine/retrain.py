@@ -25,7 +25,7 @@ import torch
 
 from bsnas.engine.config import RetrainConfig, RunConfig, SafetyConfig
 from bsnas.engine.data.loading.evaluation_set import evaluation_set
-from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import Process, entered_by_main, on_main, start_process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import force_kernels, load_deepspeed_overrides, parse, run, write_figures

@@ -2,7 +2,7 @@
 
 from bsnas.kernels.backends import choose_backend, set_backend
 from bsnas.kernels.block import BlockShape, BlockWeights
-from bsnas.kernels.dispatch import inverted_residual, pointwise_bn_relu6
+from bsnas.kernels.training import inverted_residual, pointwise_bn_relu6
 
 __all__ = [
     "BlockShape", "BlockWeights", "choose_backend", "inverted_residual", "pointwise_bn_relu6", "set_backend",

@@ -32,7 +32,8 @@ from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.algorithms.problem import OBJECTIVES, Limit, Problem, parse_count
+from bsnas.search.algorithms.limits import Limit, parse_count
+from bsnas.search.algorithms.problem import OBJECTIVES, Problem
 from bsnas.search.algorithms.sampler import check_limits
 from bsnas.search.latency_tables.model import LatencyModel, find_model
 
@@ -154,14 +155,14 @@ def main() -> None:
     refuse_unreachable(RunDir(arguments.run), requested, found[1] if found else None)
 
     # Torch and DeepSpeed take seconds to load: only for what can be searched.
-    from bsnas.engine.evaluation.of_run import TrainedRun
+    from bsnas.engine.evaluation.trained_run import TrainedRun
     from bsnas.engine.host.distributed import entered_by_main, start_process
     from bsnas.engine.host.script import force_kernels
     from bsnas.engine.runs.commands import recorded
     from bsnas.search.reporting.tensorboard import write_search_events
     from bsnas.search.runs.finalists import LatencyTable
-    from bsnas.search.runs.of_run import search_run
     from bsnas.search.runs.printing import print_budgets
+    from bsnas.search.runs.search_run import search_run
 
     process = start_process(arguments.timeout_minutes)
     force_kernels(arguments.kernels, process.device)

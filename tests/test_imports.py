@@ -16,7 +16,7 @@ from tests import ROOT
 
 PACKAGES = ("kernels", "engine", "search", "benchmarks", "tests")
 ORDER = {
-    "kernels": ("block", "reference", "graphs", "cpu", "gpu", "backends", "dispatch", "inference", "tools"),
+    "kernels": ("block", "reference", "graphs", "cpu", "gpu", "backends", "training", "inference", "tools"),
     "engine": (
         "host", "space", "networks", "data", "config", "presets", "runs", "checkpoints", "evaluation", "training",
         "release", "prepare", "train", "retrain", "export", "status",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bsnas.engine.networks.supernet import Supernet, separable_block
 from bsnas.engine.space.space import Arch, BlockDims, Space
 from bsnas.kernels import BlockShape, BlockWeights, inverted_residual, pointwise_bn_relu6
-from bsnas.kernels.dispatch import Norms
+from bsnas.kernels.training import Norms
 
 
 def _conv_bn(in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1) -> list[nn.Module]:

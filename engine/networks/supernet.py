@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.space import Arch, Operation, Sharing, Space
 from bsnas.kernels import BlockShape, BlockWeights, inverted_residual, pointwise_bn_relu6
-from bsnas.kernels.dispatch import Norms
 from bsnas.kernels.reference import batch_norm
+from bsnas.kernels.training import Norms
 
 
 def _weight_key(op: Operation, sharing: Sharing) -> str:

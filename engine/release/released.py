@@ -10,7 +10,7 @@ import torch
 from bsnas.engine.data.dataset import Dataset, open_dataset
 from bsnas.engine.data.file_list import FileList
 from bsnas.engine.data.loading.evaluation_set import evaluation_set, normalize
-from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet, release

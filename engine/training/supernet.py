@@ -14,7 +14,7 @@ from bsnas.engine.config import RunConfig, SafetyConfig
 from bsnas.engine.data.dataset import Dataset
 from bsnas.engine.data.loading.evaluation_set import evaluation_set
 from bsnas.engine.evaluation.evaluator import Evaluator
-from bsnas.engine.evaluation.of_run import evaluator_of
+from bsnas.engine.evaluation.trained_run import evaluator_of
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.precision import COMPUTE_DTYPES, default_precision

@@ -66,7 +66,7 @@ class Candidate:
     top5: float
     loss: float
     complete: bool = True
-    """Whether the accuracy is of all images; if not, others are certainly better (search/runs/of_run.py)."""
+    """Whether the accuracy is of all images; if not, others are certainly better (search/runs/search_run.py)."""
 
     def rank_key(self) -> tuple[bool, float, float, float]:
         """Sorts the best first: complete scores, then accuracy, then loss, then MACs."""

@@ -22,7 +22,8 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.cost import Cost, Place, links
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.engine.space.space import Arch, BlockOp
-from bsnas.search.algorithms.problem import Limit, Problem
+from bsnas.search.algorithms.limits import Limit, check_reachable, unreachable
+from bsnas.search.algorithms.problem import Problem
 
 Link = tuple[int, int]
 """The channels before and after a block."""
@@ -59,10 +60,7 @@ class Sampler:
         """An axis of the grid each. Draws spread over the first, which is MACs if there is none."""
         self.ranges = {limit.cost: problem.costs[limit.cost].range() for limit in (*self._sums, *self._peaks)}
         """Smallest and largest value of every limited cost in the space."""
-        for limit in limits:
-            low, high = self.ranges[limit.cost]
-            if limit.low > high or limit.high < low:
-                raise problem.unreachable(self.ranges, "in this space")
+        check_reachable(limits, self.ranges)
         self._put_on_grid()
         self._fill_masses()
         self._list_targets()
@@ -76,7 +74,7 @@ class Sampler:
 
     def nothing_found(self) -> UserError:
         """The error for limits inside the reachable range that no architecture happens to keep."""
-        return self.problem.unreachable(self.ranges, "in this space, with gaps between")
+        return unreachable(self.problem.limits, self.ranges, "in this space, with gaps between")
 
     def _keeps_peaks(self, place: Place) -> bool:
         """Whether a block, with the tail if it is the last one, keeps every limit on a peak."""
@@ -138,7 +136,7 @@ class Sampler:
     def _list_targets(self) -> None:
         """The cells that the limits leave, in rows of equal first cost, with their cumulated masses."""
         if not self._masses[0]:
-            raise self.problem.unreachable(self.ranges, "in this space, each alone")
+            raise unreachable(self.problem.limits, self.ranges, "in this space, each alone")
         (mass,) = self._masses[0].values()
         kept = [self._axis_inside(axis) for axis in range(mass.ndim)]
         wanted = np.where(reduce(np.multiply.outer, kept), mass, 0)
@@ -172,9 +170,9 @@ class Sampler:
                 values = np.clip(self._axis_values(axis)[cells], low, high)
                 reachable[limit.cost] = (float(values[0]), float(values[-1]))
         if not reachable:
-            return self.problem.unreachable(self.ranges, "in this space, each alone")
+            return unreachable(self.problem.limits, self.ranges, "in this space, each alone")
         peaks = {limit.cost: self.ranges[limit.cost] for limit in self._peaks}
-        return self.problem.unreachable({**reachable, **peaks}, "while the other limits are kept")
+        return unreachable(self.problem.limits, {**reachable, **peaks}, "while the other limits are kept")
 
     def _walk(self, target: Cell, rng: random.Random) -> Arch:
         """An architecture whose steps add up to the target cell, each choice drawn by the mass behind it."""

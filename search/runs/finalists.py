@@ -13,7 +13,8 @@ from bsnas.engine.release.onnx import Precision
 from bsnas.engine.space.cost import Cost
 from bsnas.engine.space.space import Arch, Space
 from bsnas.search.algorithms.evolution import Candidate
-from bsnas.search.algorithms.problem import Limit, Problem
+from bsnas.search.algorithms.limits import Limit
+from bsnas.search.algorithms.problem import Problem
 from bsnas.search.backends import BACKENDS, CannotRun, Hardware
 from bsnas.search.latency_tables.bench import LatencyBench, base_ms
 from bsnas.search.latency_tables.model import LatencyModel, refuse_other_device

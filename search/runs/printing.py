@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bsnas.search.algorithms.evolution import Candidate, Generation
-from bsnas.search.algorithms.problem import Limit, format_cost, format_count
+from bsnas.search.algorithms.limits import Limit, format_cost, format_count
 
 
 def print_generation(

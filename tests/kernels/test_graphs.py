@@ -10,7 +10,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 from bsnas.engine.networks.subnet import Subnet
-from bsnas.kernels import BlockShape, BlockWeights, dispatch, graphs, inverted_residual
+from bsnas.kernels import BlockShape, BlockWeights, graphs, inverted_residual, training
 from bsnas.kernels.gpu.launch import CachedLaunches
 from tests.engine.tiny import ARCH, TINY, images
 
@@ -45,7 +45,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         monkeypatch.setattr(graphs, name, getattr(gpu, name))
     monkeypatch.setattr(graphs, "GRAPHS", graphs.Graphs())
     monkeypatch.setattr(graphs, "_switch", True)
-    monkeypatch.setattr(dispatch, "choose_backend", lambda x, backend=None: "triton")
+    monkeypatch.setattr(training, "choose_backend", lambda x, backend=None: "triton")
     monkeypatch.setattr(CachedLaunches, "launch", lambda *args, **named: None)
     return gpu
 

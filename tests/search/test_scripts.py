@@ -14,7 +14,7 @@ import bsnas.benchmarks.latency
 import bsnas.engine.export
 from bsnas.benchmarks.latency import LatencyArguments
 from bsnas.benchmarks.parts.timing.latency_report import show
-from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
@@ -24,10 +24,10 @@ from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.space import Arch
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.algorithms.problem import Limit
+from bsnas.search.algorithms.limits import Limit
 from bsnas.search.evolve import EvolveArguments
 from bsnas.search.runs.history import History
-from bsnas.search.runs.of_run import search_run
+from bsnas.search.runs.search_run import search_run
 from tests import ROOT
 from tests.search.runs import small_space, untrained_run
 

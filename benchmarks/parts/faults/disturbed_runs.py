@@ -30,7 +30,7 @@ from bsnas.engine.training.metrics import CLOCK_VALUES
 ROOT = Path(__file__).resolve().parents[3]
 PRELOADED = (
     "deepspeed", "torch._dynamo", "torch.utils.tensorboard", "bsnas.engine.train", "bsnas.engine.retrain",
-    "bsnas.engine.export", "bsnas.search.evolve", "bsnas.search.runs.of_run",
+    "bsnas.engine.export", "bsnas.search.evolve", "bsnas.search.runs.search_run",
     "bsnas.benchmarks.parts.faults.disturbed_runs",
 )  # fmt: skip
 _context = multiprocessing.get_context("forkserver")

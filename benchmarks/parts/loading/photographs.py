@@ -61,7 +61,7 @@ def write_resized(source: Path, directory: Path, shorter: int = 256) -> Path:
 
     def build(work: Path) -> None:
         from bsnas.engine.data.preparing.formats.image_folder import ImageFolderReader
-        from bsnas.engine.data.preparing.prepare import Preparation, prepare
+        from bsnas.engine.data.preparing.preparation import Preparation, prepare
         from bsnas.engine.data.preparing.stored_images import Resizing
 
         preparation = Preparation(

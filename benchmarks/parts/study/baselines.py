@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from bsnas.benchmarks.parts.study.trained_alone import TrainedAlone
-from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.space import Arch, BlockOp, Cluster, Space
-from bsnas.search.algorithms.problem import Limit, Problem
+from bsnas.search.algorithms.limits import Limit
+from bsnas.search.algorithms.problem import Problem
 from bsnas.search.algorithms.sampler import Sampler
 
 MOBILENET_V2_CHANNELS = (24, 32, 64, 96, 160, 320)

@@ -8,15 +8,16 @@ from typing import Any
 from bsnas.benchmarks.parts.study.agreement import agreement
 from bsnas.benchmarks.parts.study.trained_alone import TrainedAlone
 from bsnas.engine.evaluation.evaluator import BatchNormMode
-from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.engine.space.space import Arch, Space
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.algorithms.problem import Limit, Problem
+from bsnas.search.algorithms.limits import Limit
+from bsnas.search.algorithms.problem import Problem
 from bsnas.search.algorithms.sampler import check_limits
-from bsnas.search.runs.of_run import search_run
+from bsnas.search.runs.search_run import search_run
 
 MODES: tuple[BatchNormMode, ...] = ("running", "recalibrate")
 RANDOM_SUBNETS = 20

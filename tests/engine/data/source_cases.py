@@ -14,7 +14,7 @@ import pytest
 from scipy.io import savemat
 
 from bsnas.engine.data.preparing.formats.open_source import open_source
-from bsnas.engine.data.preparing.prepare import Preparation, prepare
+from bsnas.engine.data.preparing.preparation import Preparation, prepare
 from bsnas.engine.host.errors import UserError
 from tests.engine.data.cases import CLASSES
 

@@ -19,7 +19,7 @@ from bsnas.engine.data.dataset import DataConfig, open_dataset
 from bsnas.engine.data.index import read_index
 from bsnas.engine.data.loading.evaluation_set import evaluation_set
 from bsnas.engine.data.loading.loader import TrainLoader
-from bsnas.engine.data.preparing.prepare import summary
+from bsnas.engine.data.preparing.preparation import summary
 from bsnas.engine.data.preparing.stored_images import Resizing
 from tests import ROOT
 from tests.engine.data.cases import CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, folder_config, write_image_folder

@@ -18,7 +18,7 @@ from bsnas.engine.data.checking.quarantine import read_quarantine
 from bsnas.engine.data.dataset import open_dataset
 from bsnas.engine.data.index import read_index
 from bsnas.engine.data.loading.loader import TrainLoader
-from bsnas.engine.data.preparing.prepare import QUARANTINE
+from bsnas.engine.data.preparing.preparation import QUARANTINE
 from bsnas.engine.data.preparing.stored_images import Resizing
 from tests import ROOT
 from tests.engine.data.cases import folder_config, write_image_folder

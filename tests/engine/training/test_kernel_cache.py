@@ -17,7 +17,7 @@ from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.presets import preset
 from bsnas.engine.space.sampling import fair_round
 from bsnas.engine.training import kernel_cache
-from bsnas.kernels import dispatch
+from bsnas.kernels import training
 from bsnas.kernels.block import BlockShape
 from bsnas.kernels.tools import ahead_of_time
 from bsnas.kernels.tools.ahead_of_time import Launch, block_step, compile_share, recorded_launches, specialisation
@@ -33,7 +33,8 @@ def process(local_rank: int = 0, rank: int = 0) -> Process:
 @pytest.fixture
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Host code of the Triton backend runs on tensors of the CPU; whoever launches must be recorded."""
-    monkeypatch.setattr(dispatch, "_chosen", lambda x, forced: "triton")
+    for module in (kernel_cache, training):
+        monkeypatch.setattr(module, "choose_backend", lambda x, backend=None: "triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from bsnas.benchmarks.early_decisions import repeat_step
 from bsnas.engine.evaluation.evaluator import Evaluator
-from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.sampling import fair_archs

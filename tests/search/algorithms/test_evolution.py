@@ -13,7 +13,8 @@ from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.engine.space.space import Arch, Space
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, accuracy_front, ranked
-from bsnas.search.algorithms.problem import Limit, Problem
+from bsnas.search.algorithms.limits import Limit
+from bsnas.search.algorithms.problem import Problem
 from bsnas.search.runs.search import generations
 from tests.search.spaces import all_archs, random_space
 

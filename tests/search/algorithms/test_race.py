@@ -12,8 +12,8 @@ from bsnas.engine.space.sampling import uniform_arch
 from bsnas.search.algorithms.evolution import EvolutionConfig, accuracy_front, ranked
 from bsnas.search.algorithms.problem import Problem
 from bsnas.search.evolve import EvolveArguments
-from bsnas.search.runs.of_run import Race
 from bsnas.search.runs.search import generations
+from bsnas.search.runs.search_run import Race
 from tests.engine.evaluation.cases import labelled_images, small_space, trained_like_supernet
 
 SPACE = small_space()

@@ -10,7 +10,8 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.presets import imagenet_space
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.search.algorithms.problem import Limit, Problem, parse_count
+from bsnas.search.algorithms.limits import Limit, parse_count
+from bsnas.search.algorithms.problem import Problem
 from bsnas.search.algorithms.sampler import Sampler, check_limits, counted_from_reference
 from tests.search.spaces import all_archs, random_space
 

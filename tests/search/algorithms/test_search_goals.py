@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsnas.benchmarks.search_quality import QualityArguments, against_best_limit, against_shared, hypervolumes, won
-from bsnas.engine.evaluation.of_run import TrainedRun
+from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
@@ -22,15 +22,16 @@ from bsnas.engine.runs.rundir import RunDir, read_json
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig
+from bsnas.search.algorithms.limits import Limit, format_cost
 from bsnas.search.algorithms.nsga2 import hypervolume, pareto_front, survivors
-from bsnas.search.algorithms.problem import Limit, Problem, format_cost
+from bsnas.search.algorithms.problem import Problem
 from bsnas.search.algorithms.sampler import Sampler, check_limits
 from bsnas.search.evolve import EvolveArguments, refuse_unreachable
 from bsnas.search.latency import LatencyTableArguments, measure_table
 from bsnas.search.latency_tables.model import LatencyModel
 from bsnas.search.runs.finalists import LatencyTable, first_inside
-from bsnas.search.runs.of_run import search_run
 from bsnas.search.runs.search import generations
+from bsnas.search.runs.search_run import search_run
 from tests import ROOT
 from tests.search.algorithms.test_evolution import Toy
 from tests.search.runs import small_space, untrained_run

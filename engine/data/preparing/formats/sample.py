@@ -11,7 +11,7 @@ from bsnas.engine.host.errors import UserError
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Words that name a part of a data set, in front of a path or of a file's name."""
 EVERYTHING = "all"
-"""The part of a data set that has none; its test images are chosen by engine/data/preparing/prepare.py."""
+"""The part of a data set that has none; its test images are chosen by engine/data/preparing/preparation.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
