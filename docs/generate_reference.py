@@ -31,6 +31,7 @@ SCRIPTS = (
     "benchmarks/ranking.py", "benchmarks/study.py", "benchmarks/early_decisions.py", "benchmarks/soak.py",
     "benchmarks/evaluation.py", "benchmarks/loader.py", "benchmarks/loader_augmentations.py",
     "benchmarks/miniatures.py", "benchmarks/throughput.py", "benchmarks/search_quality.py",
+    "benchmarks/same_results.py",
 )  # fmt: skip
 """In the order of a search. Scripts that parse their line themselves are told by their --help alone."""
 HEAD = """# Every option

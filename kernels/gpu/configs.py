@@ -141,7 +141,7 @@ def pointwise_rule(
         if operation == "pointwise_forward" and inner > 32 and narrow >= 64:
             return PointwiseConfig(64 if small else 128, 64, 64, 8, 3, 4)
         if operation == "pointwise_forward_prologue" and narrow in (32, 64):
-            return PointwiseConfig(64, narrow, narrow, narrow // 8, 3, 4)
+            return PointwiseConfig(64, narrow, narrow, 8, 3, 4)
         if operation == "project_backward":
             return PointwiseConfig(64, 32, min(narrow, 64), 8, 2, 4)
         if operation == "expand_backward" and sums >= 8192:
