@@ -1,5 +1,6 @@
 # make env    .venv with everything installed
 # make demo   the whole pipeline on the embedded digits
+# make check  for while one works: lint, type check and the tests that train nothing, in a minute and a half
 # make test   lint, type check and the test suite
 # make kernels  compiles every Triton kernel for every GPU: about half an hour on two cores, which make test needs only
 #             where a kernel, a tile or Triton has changed
@@ -17,7 +18,11 @@ BIN := $(VENV)/bin
 COMPILED := tests/kernels/test_ahead_of_time.py
 INSTALLED := $(VENV)/.installed-cuda$(CUDA)
 
-.PHONY: env demo test kernels budgets lint docs clean
+CHECKED := tests/test_imports.py tests/test_messages.py tests/engine/space tests/engine/networks tests/engine/host \
+	tests/engine/runs tests/engine/checkpoints tests/engine/evaluation tests/engine/test_config.py \
+	tests/search/algorithms tests/kernels/test_backends.py tests/kernels/test_onednn.py tests/docs/test_pages.py
+
+.PHONY: env demo check test kernels budgets lint docs clean
 
 env: $(INSTALLED)
 
@@ -30,6 +35,9 @@ $(INSTALLED): pyproject.toml
 
 demo: env
 	$(BIN)/python benchmarks/demo.py --run $(RUN)
+
+check: env lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' $(CHECKED)
 
 test: env lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=$(COMPILED)
