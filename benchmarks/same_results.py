@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,16 +86,19 @@ def call(tree: Path, script: str, options: Sequence[str], processes: int) -> Non
     command = [sys.executable, str(tree / script), *options]
     environments: Sequence[Mapping[str, str]] = rank_environments(processes) if processes > 1 else [{}]
     common = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    ranks = [
-        subprocess.Popen(
-            command, env={**common, **own}, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for own in environments
-    ]
-    said = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        last = next(text for text, rank in zip(said, ranks, strict=True) if rank.returncode)
-        raise UserError(f"{script} of {tree} ended with an error; it said: {' '.join(last.split())[-600:]}")
+    common["CUDA_VISIBLE_DEVICES"] = ""  # the pipeline is compared on the CPU
+    with ExitStack() as opened:
+        files = [opened.enter_context(tempfile.TemporaryFile("w+")) for _ in environments]
+        ranks = [
+            subprocess.Popen(command, env={**common, **own}, cwd=tree, stdout=file, stderr=subprocess.STDOUT)
+            for own, file in zip(environments, files, strict=True)
+        ]
+        failed = [file for rank, file in zip(ranks, files, strict=True) if rank.wait()]
+        if failed:
+            failed[0].seek(0)
+            raise UserError(
+                f"{script} of {tree} ended with an error; it said: {' '.join(failed[0].read().split())[-600:]}"
+            )
 
 
 def check_out(commit: str, where: Path) -> Path:

@@ -71,7 +71,7 @@ class Option:
 
 def arguments_of(script: str) -> tuple[type, str, Any]:
     """What a script parses: its dataclass, its docstring, and the instance that holds its defaults."""
-    module: Any = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    module: Any = importlib.import_module("bsnas." + script.removesuffix(".py").replace("/", "."))
     told: list[Any] = []
 
     def tell(kind: type, description: str | None, argv: list[str], default: Any = None) -> None:

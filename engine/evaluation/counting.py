@@ -6,7 +6,6 @@ there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -54,6 +53,7 @@ class Counting:
         self.recalibration = recalibration
         self.tallies = tallies
         self.memory = memory
+        self.budget = Budget(memory)
         self.dtype = dtype
         self.process = process
         self.save = save
@@ -69,10 +69,11 @@ class Counting:
         for part in self._parts(archs):
             tree = PrefixTree(self.supernet.space, part, self.data.resolution)
             chunk = smallest(self.process, self.memory.chunk_images(tree, self.dtype.itemsize))
-            budget = Budget(replace(self.memory, max_chunk=chunk))
             with chunk_workers(self.workers) as run_all:
-                layers = self._layers(tree, budget, run_all)
-                counter = TreeCounter(tree, layers, self.data, budget, self.dtype, self.process, self.progress)
+                layers = self._layers(tree, run_all)
+                counter = TreeCounter(
+                    tree, layers, self.data, self.budget, chunk, self.dtype, self.process, self.progress
+                )
                 for first, last in self._slices(start, stop, chunk):
                     counts = counter.count(first, last, self.workers, run_all)
                     added = {a: self.tallies[a].plus(t) for a, t in zip(part, counts.tallies(), strict=True)}
@@ -96,10 +97,10 @@ class Counting:
         grid = even_bounds(len(self.data), chunk * self.process.world_size * self.workers)
         return pairwise([start, *(bound for bound in grid if start < bound < stop), stop])
 
-    def _layers(self, tree: PrefixTree, budget: Budget, run_all: RunAll) -> Layers:
+    def _layers(self, tree: PrefixTree, run_all: RunAll) -> Layers:
         if self.recalibration is not None:
             statistics = recalibrated_statistics(
-                self.supernet, tree, self.recalibration, budget, self.dtype, self.process, run_all
+                self.supernet, tree, self.recalibration, self.budget, self.dtype, self.process, run_all
             )
             return RecalibratedLayers(self.supernet, tree, statistics, self.dtype)
         if self._folded is None:
@@ -117,6 +118,7 @@ class TreeCounter:
         layers: Layers,
         data: ScoredImages,
         budget: Budget,
+        chunk: int,
         dtype: torch.dtype,
         process: Process,
         progress: Progress,
@@ -124,6 +126,8 @@ class TreeCounter:
         self.tree = tree
         self.data = data
         self.budget = budget
+        self.chunk = chunk
+        """Most images of one walk, while memory has not run out."""
         self.dtype = dtype
         self.process = process
         self.progress = progress
@@ -154,9 +158,9 @@ class TreeCounter:
             start += parts[-1].images
         return Counts.joined(parts)
 
-    def _count_chunk(self, start: int, stop: int, memory: Memory) -> "Counts":
+    def _count_chunk(self, start: int, stop: int, memory: Memory, halvings: int) -> "Counts":
         """The counts on as many of the images start..stop-1 as go through at once."""
-        stop = min(start + memory.max_chunk, stop)
+        stop = min(start + max(1, self.chunk >> halvings), stop)
         images, labels = self.data.normalized(start, stop, self.dtype), self.data.labels[start:stop]
         counts = Counts.zeros(len(self.tree.leaves), stop - start)
         done = 0

@@ -58,13 +58,13 @@ class Memory:
         quarter = budget // 4
         return cls(activations=quarter, workspace=quarter, statistics=quarter, images=quarter, max_chunk=GPU_CHUNK)
 
-    def halved(self) -> "Memory":
-        """For one who ran out of memory: half as much for activations and workspace, half as many images."""
+    def halved(self, times: int) -> "Memory":
+        """For one who ran out of memory so often: less for activations and workspace, and fewer images."""
         return replace(
             self,
-            activations=self.activations // 2,
-            workspace=self.workspace // 2,
-            max_chunk=max(1, self.max_chunk // 2),
+            activations=self.activations >> times,
+            workspace=self.workspace >> times,
+            max_chunk=max(1, self.max_chunk >> times),
         )
 
     def chunk_images(self, tree: PrefixTree, itemsize: int) -> int:
@@ -81,23 +81,29 @@ class Memory:
 
 
 class Budget:
-    """The memory that work may use: less from each time on that it ran out. Threads may share it."""
+    """The memory that an evaluation may use: half from each time on that it ran out. Threads may share it."""
 
     def __init__(self, memory: Memory) -> None:
-        self.memory = memory
+        self._memory = memory
+        self.halvings = 0
 
-    def fit(self, work: Callable[[Memory], Result], too_large: str) -> Result:
-        """`work` with this memory, or with half of it, and so on. Raises `UserError` of that text at the end."""
+    def fit(self, work: Callable[[Memory, int], Result], too_large: str) -> Result:
+        """`work(memory, halvings)` with this memory, or with half of it, and so on.
+
+        Raises `UserError` of that text when there is nothing left to halve.
+        """
         while True:
+            halvings = self.halvings
+            memory = self._memory.halved(halvings)
             try:
-                return work(self.memory)
+                return work(memory, halvings)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Out here the error is gone, and with it what its traceback held.
-            if self.memory.max_chunk == 1 and self.memory.activations < MIB:
+            if memory.max_chunk == 1 and memory.activations < MIB:
                 raise UserError(too_large)
-            self.memory = self.memory.halved()
+            self.halvings = max(self.halvings, halvings + 1)  # another thread may have been first
             torch.cuda.empty_cache()
 
 

@@ -198,7 +198,7 @@ def recalibrated_statistics(
     size = recalibration_batch(len(images))
     batches = len(images) // size
 
-    def add_all(memory: Memory) -> TreeStatistics:
+    def add_all(memory: Memory, halvings: int) -> TreeStatistics:
         statistics = TreeStatistics.zeros(supernet, tree, batches)
         layers = StatisticsLayers(supernet, statistics, dtype)
         walker = Walker(tree, layers)

@@ -5,44 +5,53 @@ each for imagenet's preset. Here each compiles its share into the cache on disk,
 """
 
 import os
+from collections.abc import Iterable
 from copy import deepcopy
+from typing import Any
 
 import torch
+from torch import nn
 
 from bsnas.engine.host import launcher
 from bsnas.engine.host.distributed import Process
-from bsnas.engine.networks.supernet import Supernet
-from bsnas.engine.space.sampling import fair_round
 from bsnas.kernels import choose_backend, graphs
 
 
-def compile_kernels(supernet: Supernet, process: Process, images: int, dtype: torch.dtype) -> None:
-    """Compile what steps of `images` images launch in dtype for every live operation; a barrier for all ranks.
+def compile_kernels(
+    network: nn.Module, paths: Iterable[tuple[Any, ...]], shape: tuple[int, ...], process: Process, dtype: torch.dtype
+) -> list[str]:
+    """Compile what steps on images [N, C, H, W] of that shape launch in dtype; a barrier for all ranks.
 
-    Nothing of the supernet changes. What another width of the input launches, or scoring does, compiles at first use.
+    `paths` are the further arguments of forward passes that together hold every operation. Nothing of the network
+    changes. What another width of the input launches, or scoring does, compiles at first use. Returns what failed.
     """
     example = torch.empty(1, device=process.device, dtype=dtype)
     if choose_backend(example) != "triton" or os.environ.get("TRITON_INTERPRET") == "1":
-        return
+        return []
     from bsnas.kernels.tools.ahead_of_time import compile_share, recorded_launches
 
-    twin = deepcopy(supernet).train()  # gradients, and what torch's own norms move, stay there
     with graphs.switched_off():
-        launches = recorded_launches(lambda: _round_of_paths(twin, process.device, images, dtype))
+        launches = recorded_launches(lambda: _run_passes(network, paths, shape, process.device, dtype))
     major, minor = torch.cuda.get_device_capability(process.device)
     local_size = launcher.local_size()
-    compile_share(launches, 10 * major + minor, process.local_rank % local_size, local_size)
+    failed = compile_share(launches, 10 * major + minor, process.local_rank % local_size, local_size)
     if process.world_size > 1:
         torch.distributed.barrier()
+    return failed
 
 
-def _round_of_paths(supernet: Supernet, device: torch.device, images: int, dtype: torch.dtype) -> None:
-    """Forward and backward of paths that hold every live operation."""
-    space = supernet.space
-    x = torch.zeros(images, space.input_channels, space.resolution, space.resolution, device=device)
-    x = x.contiguous(memory_format=torch.channels_last)
-    for arch in fair_round(space, 0, 0):
+def _run_passes(
+    network: nn.Module,
+    paths: Iterable[tuple[Any, ...]],
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Forward and backward of each path through a copy: gradients, and what torch's own norms move, stay there."""
+    twin = deepcopy(network).train()
+    x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
+    for path in paths:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = supernet(x, arch)
+            logits = twin(x, *path)
         logits.float().sum().backward()
-        supernet.zero_grad()
+        twin.zero_grad()

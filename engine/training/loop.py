@@ -17,8 +17,10 @@ from bsnas.engine.config import DataConfig, OptimizerConfig, Precision, SafetyCo
 from bsnas.engine.data.file_list import FileList
 from bsnas.engine.data.loading.loader import TrainLoader
 from bsnas.engine.host.distributed import Process, average_batchnorm, on_main
+from bsnas.engine.host.precision import COMPUTE_DTYPES
 from bsnas.engine.host.preemption import Preempted, deferred, saving, signal_name
 from bsnas.engine.runs.rundir import NetworkDir, RunDir
+from bsnas.engine.training.kernel_cache import compile_kernels
 from bsnas.engine.training.metrics import Meter, MetricsLog, Reporter
 from bsnas.engine.training.optimization import Optimization, learning_rate
 from bsnas.engine.training.resume import device_name, find_checkpoint, load_of_rank, of_ranks
@@ -104,7 +106,8 @@ class Training(ABC):
         safety: SafetyConfig,
     ) -> None:
         """`kept_epochs`: after which a checkpoint stays for good. `fingerprint`: of the data set and its split."""
-        self.optimizer = optimizer
+        self.optimizer_config = optimizer
+        self._image_shape = (data.channels, data.resolution, data.resolution)
         self.epochs = epochs
         self.kept_epochs = set(kept_epochs)
         self.precision: Precision = precision
@@ -144,6 +147,10 @@ class Training(ABC):
     def network_of(self, content: Mapping[str, Any], file: Path) -> nn.Module:
         """The network whose weights a checkpoint holds, which are filled in later."""
         return self.new_network()
+
+    @abstractmethod
+    def paths(self) -> list[tuple[Any, ...]]:
+        """Arguments beside images of forward passes that together hold every operation of the network."""
 
     @abstractmethod
     def steps(self) -> Iterator[Step]:
@@ -222,7 +229,8 @@ class Training(ABC):
 
     def rate(self, position: float) -> float:
         """The learning rate there."""
-        return learning_rate(self.optimizer, self.optimizer.learning_rate, position, self.epochs)
+        config = self.optimizer_config
+        return learning_rate(config, config.learning_rate, position, self.epochs)
 
     def _step(self, step: Step) -> None:
         notes = self.watch.notes(self.optimization.finiteness.loss_is_bad())
@@ -249,7 +257,14 @@ class Training(ABC):
     def wrap(self, network: nn.Module) -> None:
         """Train this network from now on."""
         self.network = network.to(self.process.device)
-        self.optimization = Optimization(self.network, self.optimizer, self.process, self.precision, self.overrides)
+        shape = (self.process.per_rank(self.optimizer_config.batch_size), *self._image_shape)
+        dtype = COMPUTE_DTYPES[self.precision]
+        failed = compile_kernels(self.network, self.paths(), shape, self.process, dtype)
+        if failed:
+            self.reporter.say(f"{len(failed)} kernels were not compiled ahead, the first: {failed[0]}")
+        self.optimization = Optimization(
+            self.network, self.optimizer_config, self.process, self.precision, self.overrides
+        )
 
     def write(self, kind: str, values: dict[str, Any]) -> None:
         """A line of the metrics file."""

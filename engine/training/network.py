@@ -89,6 +89,9 @@ class NetworkTraining(Training):
     def new_network(self) -> nn.Module:
         return self._untrained
 
+    def paths(self) -> list[tuple[Any, ...]]:
+        return [()]
+
     def description(self) -> dict[str, Any]:
         return {"request": self.request}
 

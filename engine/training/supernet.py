@@ -17,13 +17,12 @@ from bsnas.engine.evaluation.evaluator import Evaluator
 from bsnas.engine.evaluation.trained_run import evaluator_of
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.host.precision import COMPUTE_DTYPES, default_precision
+from bsnas.engine.host.precision import default_precision
 from bsnas.engine.networks.supernet import Supernet, crop_to
 from bsnas.engine.runs.rundir import RunDir, write_json
 from bsnas.engine.space.sampling import fair_archs, fair_round, uniform_arch, uniform_round
 from bsnas.engine.space.shrink import importance, importance_to_json, shrink
 from bsnas.engine.space.space import Arch, Space
-from bsnas.engine.training.kernel_cache import compile_kernels
 from bsnas.engine.training.loop import Numbers, Part, Step, Training, Weights
 from bsnas.engine.training.step_scores import score_thirds
 from bsnas.kernels import graphs
@@ -77,11 +76,6 @@ class SupernetTraining(Training):
 
     # ---- the network and its state
 
-    def wrap(self, network: Supernet) -> None:  # type: ignore[override]
-        images = self.process.per_rank(self.optimizer.batch_size)
-        compile_kernels(network.to(self.process.device), self.process, images, COMPUTE_DTYPES[self.precision])
-        super().wrap(network)
-
     def new_network(self) -> Supernet:
         torch.manual_seed(self.config.seed)
         return Supernet(self.config.space, self.config.sharing)
@@ -96,6 +90,9 @@ class SupernetTraining(Training):
         if self.config.sampling.batches == "shared":  # before 0.2 the batch of a round under way was counted too
             self.progress.batches = self.progress.rounds
         return Supernet(space, self.config.sharing)
+
+    def paths(self) -> list[tuple[Any, ...]]:
+        return [(arch,) for arch in fair_round(self.space, 0, 0)]
 
     def description(self) -> dict[str, Any]:
         return {"space": self.space.to_json()}
@@ -207,6 +204,7 @@ class SupernetTraining(Training):
             )
             write_json(self.run.space_file(step + 1), after.to_json())
         self._shrink_to(after)
+        torch.cuda.empty_cache()
         self.progress.shrink_steps += 1
         counts = {"models": len(archs), "images_saved": scores.images_saved}
         self.write("shrink", {"step": step + 1, "architectures": float(after.num_architectures), **counts})
@@ -224,14 +222,13 @@ class SupernetTraining(Training):
         }
         finiteness = self.optimization.finiteness.state()
         smaller = self.network.shrunk(space)
+        parameters = {name: p for name, p in smaller.named_parameters() if name in momentum}
+        momentum = crop_to(dict(parameters), momentum)
         self.optimization.close()
         self.wrap(smaller)
-        parameters = {n: p for n, p in self.network.named_parameters() if n in momentum}
-        for name, buffer in crop_to(dict(parameters), momentum).items():
+        for name, buffer in momentum.items():
             self.optimization.optimizer.state[parameters[name]]["momentum_buffer"].copy_(buffer)
         self.optimization.finiteness.load(finiteness)
-        if self.process.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def evaluator(self) -> Evaluator:
         """Scores subnets with the weights of this moment on the search-validation set."""

@@ -54,7 +54,8 @@ class Resources:
 
 
 def recorded_launches(run: Callable[[], Any], *, execute: bool = False) -> list[Launch]:
-    """Every launch that `run` makes, in order; the kernels run only with `execute`."""
+    """Every launch that `run` makes, in order; the kernels run only with `execute`, else tensors are kept as meta ones:
+    those of a whole round would fill a GPU."""
     launches: list[Launch] = []
     original = CachedLaunches.launch
 
@@ -64,6 +65,8 @@ def recorded_launches(run: Callable[[], Any], *, execute: bool = False) -> list[
         given = {name: named.pop(name, None) for name in ("num_warps", "num_stages", "maxnreg")}
         options: dict[str, int] = {name: value for name, value in given.items() if value is not None}
         arguments = dict(zip(self.fn.arg_names, args, strict=False)) | named
+        if not execute:
+            arguments = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
         launches.append(Launch(self.fn, grid, arguments, options))
 
     CachedLaunches.launch = record  # type: ignore[method-assign]

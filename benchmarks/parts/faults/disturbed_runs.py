@@ -117,7 +117,7 @@ def _work(script: str, arguments: list[str], log: Path, environment: dict[str, s
 
     if faults.patch is not None:
         faults.patch()
-    run(import_module(script.removesuffix(".py").replace("/", ".")).main)
+    run(import_module("bsnas." + script.removesuffix(".py").replace("/", ".")).main)
 
 
 def start_ranks(

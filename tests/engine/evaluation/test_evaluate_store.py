@@ -32,8 +32,8 @@ def counted(monkeypatch):
     ranges: list[tuple[int, int, int]] = []
     count = TreeCounter._count_chunk
 
-    def recorded(self, start, stop, memory):
-        counts = count(self, start, stop, memory)
+    def recorded(self, start, stop, *memory):
+        counts = count(self, start, stop, *memory)
         ranges.append((start, start + counts.images, len(self.tree.leaves)))
         return counts
 

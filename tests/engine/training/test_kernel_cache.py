@@ -2,11 +2,11 @@
 
 import gc
 import os
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -46,13 +46,14 @@ def test_the_ranks_of_a_machine_share_all_kernels_of_a_training(
     before = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
     compiled: list[Any] = []
     waited = []
+    paths = [(arch,) for arch in fair_round(config.space, 0, 0)]
     monkeypatch.setattr(torch.distributed, "barrier", lambda: waited.append(len(compiled)))
     monkeypatch.setattr(
         ahead_of_time.triton, "compile", lambda source, **named: compiled.append((source.hash(), named))
     )
     for rank in range(2):
         monkeypatch.setenv("LOCAL_SIZE", "2")
-        kernel_cache.compile_kernels(supernet, process(rank, rank), 4, torch.bfloat16)
+        assert not kernel_cache.compile_kernels(supernet, paths, (4, 3, 16, 16), process(rank, rank), torch.bfloat16)
         assert all(parameter.grad is None for parameter in supernet.parameters())
     after = supernet.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -66,7 +67,11 @@ def test_the_ranks_of_a_machine_share_all_kernels_of_a_training(
             with torch.autocast("cpu", torch.bfloat16):
                 supernet(x, arch).float().sum().backward()
 
-    launched = {specialisation(launch): launch for launch in recorded_launches(another_round)}
+    recorded = recorded_launches(another_round)
+    tensors = [value for launch in recorded for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
+    assert tensors
+    assert all(tensor.device.type == "meta" for tensor in tensors), "a whole round would fill a GPU"
+    launched = {specialisation(launch): launch for launch in recorded}
     assert len(launched) == len(codes)
     assert {ahead_of_time.source(launch).hash() for launch in launched.values()} == set(codes)
     assert {named["target"].arch for _, named in compiled} == {90}
@@ -75,7 +80,7 @@ def test_the_ranks_of_a_machine_share_all_kernels_of_a_training(
 def test_without_triton_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "barrier", lambda: pytest.fail("waited"))
     monkeypatch.setattr(ahead_of_time, "recorded_launches", lambda run: pytest.fail("recorded"))
-    kernel_cache.compile_kernels(SimpleNamespace(), process(), 4, torch.float32)  # type: ignore[arg-type]
+    assert kernel_cache.compile_kernels(nn.Identity(), [()], (4, 3, 16, 16), process(), torch.float32) == []
 
 
 @pytest.mark.slow
