@@ -69,9 +69,9 @@ def main() -> None:
 
 def run_pipeline(arguments: DemoArguments) -> dict[str, Any]:
     """All steps in order. Returns the figures of each by its name, and the seconds it took under `seconds_NAME`."""
-    path = arguments.run.absolute()
+    run_dir = RunDir(arguments.run)
     train = ["engine/train.py", "--preset", arguments.preset]
-    if (path / "config.json").exists():
+    if run_dir.config_file.exists():
         train = ["engine/train.py", "--resume"]
     search = ["--max-macs", arguments.max_macs, "--population", str(arguments.population)]
     search += ["--iterations", str(arguments.iterations)]
@@ -85,11 +85,11 @@ def run_pipeline(arguments: DemoArguments) -> dict[str, Any]:
     }
     figures: dict[str, Any] = {}
     for name, command in steps.items():
-        file = path / "figures" / f"{name}.json"
+        file = run_dir.figures / f"{name}.json"
         shown = [Path(command[0]).name, *command[1:]]
         print(f"\n$ {' '.join(shown)} --run {arguments.run}", flush=True)
         began = time.perf_counter()
-        code = run_step([*command, "--run", str(path), "--json", str(file)])
+        code = run_step([*command, "--run", str(run_dir.path), "--json", str(file)])
         if code == EXIT_CONTINUE:
             raise Preempted(f"the step {name} was stopped; the same command continues")
         if code:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from bsnas.benchmarks.parts.scoring.case import TRAINING_IMAGES, full_space, load_images, shrunk_space, trained_supernet
 from bsnas.benchmarks.parts.scoring.measure import Case, measure_case
-from bsnas.benchmarks.parts.timing.provenance import provenance
+from bsnas.benchmarks.parts.timing.provenance import device_name, provenance
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.precision import exact_float32
 from bsnas.engine.host.script import parse, run, write_figures
@@ -96,18 +96,12 @@ def main() -> None:
         row = measure_case(case, arguments, console)
         rows.append(row)
         _show(console, row)
-        figures = {**provenance(), "device": _device_name(device), "torch": torch.__version__}
+        figures = {**provenance(), "device": device_name(device), "torch": torch.__version__}
         write_figures(arguments.json, {**figures, "resolution": pixels, "cases": rows})
     if arguments.plot is not None:
         from bsnas.benchmarks.parts.scoring.plot import plot
 
         plot(rows, arguments.plot)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
 
 
 def _show(console: Console, row: dict[str, Any]) -> None:

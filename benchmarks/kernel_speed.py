@@ -33,15 +33,16 @@ from torch.nn import functional as F
 
 from bsnas.benchmarks.kernel_bytes import bytes_moved
 from bsnas.benchmarks.parts.kernel.mean_path import SEPARABLE, STEM, TAIL, PathNetwork, PlacedBlock, mean_path
+from bsnas.benchmarks.parts.timing.provenance import device_name, provenance
 from bsnas.benchmarks.parts.timing.turns import (
     RESULTS,
     alternating_milliseconds,
     append_rows,
     device_milliseconds,
-    provenance,
     quantiles,
 )
 from bsnas.engine.host.allocator import keep_freed_memory
+from bsnas.engine.runs.commands import environment
 from bsnas.kernels import BlockShape, BlockWeights, inference, inverted_residual, set_backend
 
 LEVEL_C_IMAGES_PER_S = 33_800
@@ -436,7 +437,12 @@ def main() -> None:
     batch = args.batch or (256 if cuda else 64)
     resolution = args.resolution or (224 if cuda else 64)
     blocks = mean_path(resolution)
-    figures: dict[str, Any] = {"device": provenance(torch.device(device)), "rows": []}
+    origin = provenance() | {
+        "device": device_name(torch.device(device)),
+        "torch": torch.__version__,
+        "triton": environment(torch.device(device))["versions"].get("triton", "none"),
+    }
+    figures: dict[str, Any] = {"device": origin, "rows": []}
     freed_memory = "returned"
 
     def keep(rows: list[dict[str, Any]]) -> None:

@@ -84,7 +84,7 @@ def study(run_dir: RunDir, arguments: RankingArguments, process: Process) -> dic
     step = len(spaces) - 1 if arguments.step is None else arguments.step
     if not 0 <= step < len(spaces):
         raise UserError(f"step {step}; {run_dir.path} has made {len(spaces) - 1} shrink steps: give 0 to that number")
-    checkpoints = _checkpoints(run_dir, spaces, step)
+    checkpoints = _checkpoints(spaces, step)
     pool = _pool(run_dir, arguments, process, spaces[step], checkpoints[-1])
     one_shot = {name: _scores(run_dir, arguments, process, at, pool) for name, at in checkpoints}
     alone = _train_all(run_dir, arguments, process, pool)
@@ -108,7 +108,7 @@ def study(run_dir: RunDir, arguments: RankingArguments, process: Process) -> dic
     }
 
 
-def _checkpoints(run_dir: RunDir, spaces: list[Space], step: int) -> list[tuple[str, int | None]]:
+def _checkpoints(spaces: list[Space], step: int) -> list[tuple[str, int | None]]:
     """Name and number of the checkpoints that hold the space after `step` steps; None is the newest one."""
     made = len(spaces) - 1
     scored = [(f"before step {number}", number) for number in range(1, min(step + 1, made) + 1)]

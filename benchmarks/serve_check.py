@@ -30,6 +30,7 @@ from PIL import Image
 from bsnas.engine.data.index import is_prepared, read_index
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
+from bsnas.engine.runs.rundir import RunDir
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -170,7 +171,7 @@ class Server:
 
 def newest_export(run_dir: Path) -> Path:
     """The ONNX file that was exported last. Raises `UserError` when there is none."""
-    files = sorted((run_dir / "export").glob("*.onnx"), key=lambda file: file.stat().st_mtime)
+    files = sorted(RunDir(run_dir).export.glob("*.onnx"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise UserError(f"{run_dir} holds no exported network; run engine/export.py --run {run_dir}, or give --model")
     return files[-1]
@@ -179,7 +180,7 @@ def newest_export(run_dir: Path) -> Path:
 def images_of_run(run_dir: Path) -> list[Path]:
     """The directory of a run's test images, or their files where an index lists them."""
     try:
-        data = json.loads((run_dir / "config.json").read_text())["data"]
+        data = json.loads(RunDir(run_dir).config_file.read_text())["data"]
         source, cache = data["source"], Path(data["cache_dir"]).expanduser()
         root = Path(data["path"]).expanduser() if source == "folder" else cache / source
     except (OSError, ValueError, KeyError, TypeError) as error:

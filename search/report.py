@@ -67,7 +67,7 @@ def write(arguments: ReportArguments) -> list[Path]:
         second = RunFacts(arguments.run[1])
         file = arguments.output or first.directory.path / f"report-vs-{second.directory.path.name}.html"
         return write_comparison([first, second], file.absolute())
-    file = (arguments.output or first.directory.path / "report.html").absolute()
+    file = (arguments.output or first.directory.report_file).absolute()
     if arguments.watch is not None:
         return write_until_done(first.directory.path, file, arguments.watch)
     return write_report(first, file)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bsnas.engine.presets import preset
+from bsnas.engine.runs.rundir import RunDir
 from tests import ROOT
 
 PACKAGES = ("kernels", "engine", "search", "benchmarks", "tests")
@@ -27,6 +29,8 @@ ORDER = {
 NO_TORCH = (
     "engine/space", "engine/config.py", "engine/host/errors.py", "engine/host/launcher.py", "engine/host/preemption.py",
     "engine/host/script.py", "engine/runs/rundir.py", "engine/runs/facts.py",
+    "engine/evaluation/tree.py", "engine/data/dataset.py", "search/latency_tables/model.py",
+    "search/latency_tables/network_parts.py", "engine/status.py",
 )  # fmt: skip
 """Folders and files whose modules load without torch."""
 DALI_ALLOWED = (
@@ -130,6 +134,19 @@ def test_what_needs_no_torch_loads_none() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_search_that_cannot_be_loads_no_torch(tmp_path: Path) -> None:
+    RunDir.create(tmp_path / "run", preset("digits"))
+    words = [str(ROOT / "search/evolve.py"), "--run", str(tmp_path / "run"), "--max-macs", "1"]
+    program = (
+        f"import runpy, sys\nsys.argv = {words}\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (2, "False"), done.stderr
+    assert "no architecture has macs <= 1; reachable" in done.stderr
 
 
 def test_the_map_of_the_readme_names_every_folder() -> None:

@@ -12,7 +12,7 @@ UPLOAD_BYTES = 64 << 20
 
 
 class Images(Protocol):
-    """What the evaluator needs of an evaluation set (engine.evaluation_set.EvaluationSet)."""
+    """What the evaluator needs of an evaluation set (engine/data/loading/evaluation_set.py)."""
 
     @property
     def images(self) -> np.ndarray:

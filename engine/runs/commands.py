@@ -96,10 +96,12 @@ def commit() -> str:
 
 
 def hardware(device: torch.device) -> str:
+    """The GPU, or the processor with its family, which "AMD EPYC" alone does not tell, and the cores to be used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [line.split(":", 1)[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    told = {key.strip(): value.strip() for key, _, value in (s.partition(":") for s in _lines(Path("/proc/cpuinfo")))}
+    family = f" family {told['cpu family']}" if "cpu family" in told else ""
+    return f"{told.get('model name', platform.machine())}{family}, {len(os.sched_getaffinity(0))} cores"
 
 
 def _versions() -> dict[str, str]:

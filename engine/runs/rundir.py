@@ -13,6 +13,8 @@ retrain/               the network trained from scratch
 export/                ONNX
 latency/               latency tables, timings, measured latencies
 ranking/               one-shot against stand-alone accuracy
+figures/               what each step of benchmarks/demo.py gave as --json
+report.html, report/   the report, its pictures and tables
 commands.jsonl         every command that worked on the run
 activity.json          what the command at work does
 logs/                  messages of libraries
@@ -84,6 +86,8 @@ class RunDir:
         self.timings_file = self.latency / "timings.sqlite"
         self.ranking = self.path / "ranking"
         self.ranking_file = self.ranking / "ranking.json"
+        self.figures = self.path / "figures"
+        self.report_file = self.path / "report.html"
         self.commands_file = self.path / "commands.jsonl"
         self.activity_file = self.path / "activity.json"
         self.logs = self.path / "logs"

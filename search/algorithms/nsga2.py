@@ -5,7 +5,7 @@ live depends on others.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,9 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from bsnas.engine.space.space import Arch
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, new_ones
+from bsnas.search.algorithms.limits import Ranges
 from bsnas.search.algorithms.sampler import Sampler
 from bsnas.search.algorithms.variation import crossover, mutate
-
-Ranges = Mapping[str, tuple[float, float]]
-"""Smallest and largest value of each minimised cost in the space."""
 
 
 def breed_front(

@@ -129,7 +129,7 @@ def table_html(table: Table, *, differing: Sequence[bool] = (), open_: bool = Fa
     )
     body = "".join(
         f"<tr{_class('differs' if index < len(differing) and differing[index] else '')}>"
-        + "".join(_cell(column, value) for column, value in zip(table.columns, row, strict=True))
+        + "".join(map(_cell, row))
         + "</tr>"
         for index, row in enumerate(rows)
     )
@@ -146,8 +146,8 @@ def table_html(table: Table, *, differing: Sequence[bool] = (), open_: bool = Fa
     )
 
 
-def _cell(column: str, value: Any) -> str:
-    text = escape(show(column, value))
+def _cell(value: Any) -> str:
+    text = escape(show(value))
     if isinstance(value, NUMERIC) and not isinstance(value, bool):
         return f'<td class="n">{text}</td>'
     return f"<td{_class('t' if len(text) > 30 else '')}>{text}</td>"

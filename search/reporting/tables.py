@@ -211,7 +211,7 @@ def _flat(values: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield name, " ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def show(column: str, value: Any) -> str:
+def show(value: Any) -> str:
     """A value as the page shows it."""
     if value is None:
         return ""

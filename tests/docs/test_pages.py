@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from docs import generate_reference
-from tests.docs.fenced import ROOT
+from tests.docs.fenced import PAGES, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,15 @@ def test_links_of_pages_outside_the_site_lead_somewhere() -> None:
         assert targets
         for target in (first or second for first, second in targets):
             assert (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def test_paths_in_the_pages_exist() -> None:
+    """Files and folders of the project; patterns and what lies in a run directory are none."""
+    of_a_run = {"search/NAME.json", "search/best.json", "search/pareto.json"}
+    path = re.compile(r"(?<![\w./-])(?:engine|kernels|search|benchmarks|tests|docs)/[\w./*-]*\w/?(?![\w*])")
+    named = {(page.name, name) for page in PAGES for name in path.findall(page.read_text())}
+    assert len(named) > 100
+    assert not {(page, name) for page, name in named if name not in of_a_run and not (ROOT / name).exists()}
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Runs that are stopped and files that are damaged, for soak.py."""

@@ -1,0 +1,1 @@
+"""The networks that the benchmarks of kernels count and time."""

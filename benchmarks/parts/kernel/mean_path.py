@@ -1,7 +1,8 @@
 """What the kernel benchmarks run: the mean path through the paper's Table 1, and all block shapes of that table.
 
-Here as data, so that the benchmarks need torch and Triton only. The mean path takes the middle channel option of every
-cluster (the largest where the supernet fixes a spring block's width), kernels 3, 5, 7 and expansions 6, 3 in turn.
+Here as data, so that counting and tuning need torch and Triton only. The mean path takes the middle channel option of
+every cluster (the largest where the supernet fixes a spring block's width), kernels 3, 5, 7 and expansions 6, 3 in
+turn.
 """
 
 from collections.abc import Iterator

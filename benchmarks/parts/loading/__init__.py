@@ -1,0 +1,1 @@
+"""Photographs, and the loaders of this and other projects that are timed on them."""

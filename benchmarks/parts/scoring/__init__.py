@@ -1,0 +1,1 @@
+"""Evaluation of many subnets, timed beside other ways to score them."""

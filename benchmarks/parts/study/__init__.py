@@ -1,0 +1,1 @@
+"""The study of sampling and shrinking: its cells, baselines, tables and plots."""

@@ -1,10 +1,7 @@
-"""Timing and bookkeeping of the kernel benchmarks: medians of device time, and rows that say where they come from."""
+"""Timing and bookkeeping of the kernel benchmarks: medians of device time, and rows of CSV files."""
 
 import csv
-import datetime
 import io
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,43 +69,6 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """p20, p50, p80."""
     ordered = sorted(values)
     return tuple(ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.2, 0.5, 0.8))  # type: ignore[return-value]
-
-
-def provenance(device: torch.device) -> dict[str, str]:
-    """Hardware, versions, date and commit: the columns that begin every row."""
-    try:
-        root = Path(__file__).resolve().parents[3]
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=root
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "none"
-    cuda = device.type == "cuda"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "device": torch.cuda.get_device_name(device)
-        if cuda
-        else f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "triton": triton_version,
-    }
-
-
-def _processor() -> str:
-    """Its name in /proc/cpuinfo, with the family, which "AMD EPYC" alone does not tell; else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return f"{found.get('model name', platform.machine())} family {found.get('cpu family', '?')}"
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

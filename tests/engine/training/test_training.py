@@ -2,16 +2,22 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from bsnas.engine.checkpoints.keep import newest_checkpoint
+from bsnas.engine.checkpoints.manifest import write_manifest
 from bsnas.engine.config import SamplingConfig
+from bsnas.engine.host import preemption
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.preemption import Preempted
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.space import Space
+from bsnas.engine.training.loop import Step
 from bsnas.engine.training.supernet import SupernetTraining
 from bsnas.kernels import graphs
 from tests.engine.training.cases import make_trainer, metrics, tiny_config
@@ -73,6 +79,39 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     assert metrics(stopped) == metrics(run)
     for name, tensor in second.network.state_dict().items():
         assert torch.equal(tensor, trainer.network.state_dict()[name]), name
+
+
+def test_a_run_that_0_1_stopped_inside_a_round_of_one_batch_ends_like_an_uninterrupted_one(
+    alone: Process, cache: Path, tmp_path: Path
+) -> None:
+    """It counted the batch of the round under way, which the paths that are left still have to see."""
+    config = tiny_config(cache, sampling=SamplingConfig(update="path", batches="shared"))
+    whole, stopped = (make_trainer(RunDir.create(tmp_path / n, config), config, alone) for n in ("whole", "stopped"))
+    whole.train()
+    step = stopped._step
+
+    def told(made: Step) -> None:
+        step(made)
+        if stopped.progress.passes == 10:
+            preemption._State.signal_name = "SIGTERM"
+
+    stopped._step = told  # type: ignore[method-assign]
+    try:
+        with pytest.raises(Preempted):
+            stopped.train()
+    finally:
+        preemption.forget()
+    found = newest_checkpoint(stopped.run.checkpoints)
+    assert found is not None
+    progress = found.manifest.progress
+    assert progress.paths > 0
+    assert progress.batches == progress.rounds > 0
+    write_manifest(found.file, replace(found.manifest, progress=replace(progress, batches=progress.batches + 1)))
+    again = make_trainer(stopped.run, config, alone)
+    again.train()
+    assert metrics(again.run) == metrics(whole.run)
+    for name, tensor in again.network.state_dict().items():
+        assert torch.equal(tensor, whole.network.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("batches", ["shared", "fresh"])
