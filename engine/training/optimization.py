@@ -243,8 +243,8 @@ class Optimization:
         self.optimizer.load_state_dict(optimizer)
         self.optimizer.settle()
         finiteness = take(state, "finiteness", dict, file)
-        for name, tensor in self.finiteness.state().items():
-            check_tensor(finiteness.get(name), like=tensor, name=name, file=file)
+        for part, tensor in self.finiteness.state().items():
+            check_tensor(finiteness.get(part), like=tensor, name=part, file=file)
         if not finiteness["scale"].isfinite() or finiteness["scale"] <= 0:
             raise UserError(f"the loss scale in {file} is {finiteness['scale']}; it must be above 0")
         self.finiteness.load(finiteness)

@@ -15,12 +15,10 @@ Per-channel buffers, float32:
 import math
 import os
 
-import torch
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def alignment(*channels: int) -> int:

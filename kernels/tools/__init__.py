@@ -1,1 +1,1 @@
-"""Compiling kernels, and what their launches cost, without a GPU."""
+"""Launches recorded instead of made, kernels compiled ahead of them, a driver that launches nothing."""
