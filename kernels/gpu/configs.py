@@ -132,9 +132,9 @@ def pointwise_rule(
     sums = cdiv(inner, 64) * 64 * narrow  # of a weight gradient of the expansion, in registers
     if operands_in_registers and float32:  # less to a thread, for operands are split in two there
         if operation == "pointwise_forward":
-            return PointwiseConfig(64, min(narrow, 64), min(max(next_power_of_2(inner), 16), 32), 8, 3, 4)
+            return PointwiseConfig(64, min(narrow, 64), 32 if narrow < 64 and inner > 16 else 16, 8, 3, 4)
         if operation == "pointwise_forward_prologue":
-            return PointwiseConfig(64, min(narrow, 128), 16, 8, 3, 4)
+            return PointwiseConfig(64, min(narrow, 64), 16, 8, 3, 4)
         if operation == "input_gradient":
             return PointwiseConfig(64, min(narrow, 64), 32, 8, 3, 1)
     elif operands_in_registers:  # tiles whose sums and operands are in registers together
