@@ -169,8 +169,8 @@ def compiled() -> dict[str, Compiled]:
 def fingerprint() -> str:
     """Of all that compiled kernels depend on: their sources without imports, tables of tiles, Triton's version."""
     digest = hashlib.sha256(triton.__version__.encode())
-    sources = {path for path in DIRECTORY.glob("[!_]*.py") if path.name not in ("block.py", "launch.py")}
-    for path in sorted((*sources, *configs.DIRECTORY.glob("*.json"))):
+    sources = [path for path in DIRECTORY.glob("[!_]*.py") if path.name not in ("block.py", "launch.py")]
+    for path in (*sorted(sources), *sorted(configs.DIRECTORY.glob("*.json"))):
         lines = path.read_text().splitlines()
         digest.update("\n".join(line for line in lines if not line.startswith(("from ", "import "))).encode())
     return digest.hexdigest()[:16]
