@@ -14,8 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
-from tests import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 ALONE = ("benchmarks/serve_check.py",)
 """Scripts that need a process of their own: this one proves that serving needs no torch."""
 
@@ -39,7 +38,6 @@ def run(words: list[str]) -> object:
 
 def main() -> None:
     tasks, results_file = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]).absolute()
-    sys.path.insert(0, str(ROOT))
     results = []
     for task in tasks:
         output, started = io.StringIO(), time.perf_counter()
