@@ -1,6 +1,6 @@
 # make env    .venv with everything installed
 # make demo   the whole pipeline on the embedded digits
-# make check  for while one works: lint, type check and the tests that train nothing, in a minute and a half
+# make check  for while one works: lint, type check and quick tests that train nothing, in about a minute
 # make test   lint, type check and the test suite
 # make kernels  compiles every Triton kernel for every GPU: about half an hour on two cores, which make test needs only
 #             where a kernel, a tile or Triton has changed
@@ -19,8 +19,8 @@ COMPILED := tests/kernels/test_ahead_of_time.py
 INSTALLED := $(VENV)/.installed-cuda$(CUDA)
 
 CHECKED := tests/test_imports.py tests/test_messages.py tests/engine/space tests/engine/networks tests/engine/host \
-	tests/engine/runs tests/engine/checkpoints tests/engine/evaluation tests/engine/test_config.py \
-	tests/search/algorithms tests/kernels/test_backends.py tests/kernels/test_onednn.py tests/docs/test_pages.py
+	tests/engine/runs tests/engine/checkpoints tests/engine/test_config.py \
+	tests/search/algorithms tests/kernels/test_backends.py tests/docs/test_pages.py
 
 .PHONY: env demo check test kernels budgets lint docs clean
 
