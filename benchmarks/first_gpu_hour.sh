@@ -135,6 +135,7 @@ why_not() { # NEEDS,... -> the first that is missing and why
     done
 }
 
+RESULTS=${RESULTS:-benchmarks/results/first_gpu_hour}
 SUMMARY=() FAILED=0 CHILD=""
 
 note() { # STEP OUTCOME SECONDS
@@ -158,6 +159,12 @@ stop() {
     exit 1
 }
 
+keep_figures() { # STEP: those of a GPU go to benchmarks/results, or where RESULTS says
+    if ! $CPU && [[ -f $OUTPUT/$1.json ]]; then
+        mkdir -p "$RESULTS" && cp "$OUTPUT/$1.json" "$RESULTS/"
+    fi
+}
+
 run_step() { # STEP MINUTES
     local limit code
     limit=$(awk "BEGIN { print 60 * $2 * $PATIENCE }")
@@ -170,6 +177,7 @@ run_step() { # STEP MINUTES
     code=$? CHILD=""
     if ((code == 0)); then
         date --utc +%FT%TZ >"$OUTPUT/$1.ended"
+        keep_figures "$1"
         note "$1" "ended well" $((SECONDS - began))
         return
     fi

@@ -28,6 +28,7 @@ PYTHON = """#!/bin/bash
 here=$(dirname "$0")
 if [[ $1 == benchmarks/machine_check.py ]]; then cp "$here/machine.tsv" "${@: -1}"; exit; fi
 echo "${BSNAS_CUDA_GRAPHS:-0} $*" >> "$here/asked"
+line="$*"; [[ $line == *" --json "* ]] && json=${line#* --json } && echo "{}" > "${json%% *}"
 for file in "$here"/fails-* "$here"/hangs-*; do
     what=$(basename "$file")
     [[ $* == *"${what#*-}"* ]] || continue
@@ -57,7 +58,7 @@ class Stage:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "PYTHON": str(self.place / "python")}
+        return {**os.environ, "PYTHON": str(self.place / "python"), "RESULTS": str(self.place / "results")}
 
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
         (self.place / "asked").write_text("")
@@ -345,3 +346,14 @@ def test_gpu_tests_can_be_collected_without_dali_and_deepspeed(tmp_path: Path) -
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert "test_gpu_scores_equal_a_plain_loop" in done.stdout
     assert "could not import 'nvidia.dali'" in done.stdout
+
+
+def test_figures_of_a_gpu_are_kept_beside_the_other_results(stage: Stage) -> None:
+    assert stage.run("--only", "loader").returncode == 0
+    assert (stage.place / "results/loader.json").is_file()
+
+
+def test_figures_of_a_cpu_stay_in_the_output(stage: Stage) -> None:
+    assert stage.run("--cpu", "--only", "loader").returncode == 0
+    assert (stage.output / "loader.json").is_file()
+    assert not (stage.place / "results").exists()
