@@ -28,8 +28,9 @@ from bsnas.engine.host.distributed import Process, start_process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.rundir import RunDir, read_json
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.shrink import importance, shrink
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Space
 from bsnas.engine.training.step_scores import StepScores, score_thirds
 
 

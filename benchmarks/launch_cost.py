@@ -41,7 +41,7 @@ from bsnas.engine.host.distributed import start_process
 from bsnas.engine.host.script import write_figures
 from bsnas.engine.presets import preset
 from bsnas.engine.runs.rundir import RunDir
-from bsnas.engine.space.space import Space
+from bsnas.engine.space.mobile import mobile_space
 from bsnas.engine.training.supernet import SupernetTraining
 from bsnas.kernels import training
 from bsnas.kernels.block import BlockShape
@@ -154,7 +154,7 @@ def narrow_trainer(place: Path) -> SupernetTraining:
     clusters = tuple(replace(cluster, channels=NARROW) for cluster in config.space.clusters)
     config = replace(
         config,
-        space=Space(
+        space=mobile_space(
             clusters=clusters, resolution=32, classes=10, stem_channels=8, separable_channels=8, tail_channels=32
         ),
         data=DataConfig(source="digits", resolution=32),

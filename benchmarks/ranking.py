@@ -33,9 +33,10 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir, write_json
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Space
 
 
 @dataclass(frozen=True, kw_only=True)

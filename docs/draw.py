@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from bsnas.engine.evaluation.tree import PrefixTree
+from bsnas.engine.space.arch import Arch, BlockOp
+from bsnas.engine.space.mobile import mobile_cluster, mobile_space
 from bsnas.engine.space.sampling import fair_round
 from bsnas.engine.space.shrink import importance, shrink
-from bsnas.engine.space.space import Arch, BlockOp, Cluster, Space
 
 OUT = ROOT / "docs/img"
 INK, MUTED, LINE, PAPER = "#1b1f24", "#59636e", "#b6bec7", "#ffffff"
@@ -85,12 +86,12 @@ def spring_blocks() -> None:
 
 def fair_sampling() -> None:
     """One real round of a space with two clusters: every operation of every block once."""
-    space = Space(
+    space = mobile_space(
         resolution=16,
         classes=10,
         clusters=(
-            Cluster(blocks=2, kernels=(3, 5), expansions=(3,), channels=(16, 24), stride=2),
-            Cluster(blocks=2, kernels=(3, 5), expansions=(6,), channels=(32, 48), stride=2),
+            mobile_cluster(blocks=2, kernels=(3, 5), expansions=(3,), channels=(16, 24), stride=2),
+            mobile_cluster(blocks=2, kernels=(3, 5), expansions=(6,), channels=(32, 48), stride=2),
         ),
     )
     archs = fair_round(space, 0, 0)
@@ -113,10 +114,10 @@ def fair_sampling() -> None:
 
 def shrinking() -> None:
     """A real step on a small space: importance of the operations of one block, and what is kept."""
-    space = Space(
+    space = mobile_space(
         resolution=16,
         classes=10,
-        clusters=(Cluster(blocks=2, kernels=(3, 5, 7), expansions=(3, 6), channels=(16, 24), stride=2),),
+        clusters=(mobile_cluster(blocks=2, kernels=(3, 5, 7), expansions=(3, 6), channels=(16, 24), stride=2),),
     )
     archs = [arch for number in range(20) for arch in fair_round(space, 0, number)]
     top1 = [sum(op.kernel + 2 * op.expansion for op in arch.flat_blocks) + arch.channels[0] / 8 for arch in archs]
@@ -146,11 +147,11 @@ def evaluator() -> None:
     def arch(*kernels: int) -> Arch:
         return Arch((16, 24), (tuple(BlockOp(k, 6) for k in kernels[:2]), tuple(BlockOp(k, 6) for k in kernels[2:])))
 
-    space = Space(
+    space = mobile_space(
         resolution=16,
         classes=10,
         clusters=tuple(
-            Cluster(blocks=2, kernels=(3, 5, 7), expansions=(6,), channels=(c,), stride=2) for c in (16, 24)
+            mobile_cluster(blocks=2, kernels=(3, 5, 7), expansions=(6,), channels=(c,), stride=2) for c in (16, 24)
         ),
     )
     archs = [arch(3, 3, 5, 3), arch(3, 3, 5, 7), arch(3, 5, 3, 3), arch(3, 5, 3, 7), arch(7, 5, 3, 3), arch(7, 5, 3, 5)]

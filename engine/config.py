@@ -12,7 +12,8 @@ from pydantic import PlainSerializer, PlainValidator, TypeAdapter, ValidationErr
 
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.space.space import Operation, Sharing, Space
+from bsnas.engine.space.arch import BlockOp, Operation
+from bsnas.engine.space.space import Sharing, Space
 
 Config = TypeVar("Config")
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -219,9 +220,19 @@ def read_config(data: Any, source: Path) -> RunConfig:
     if not isinstance(data, dict):
         raise UserError(f"{source} holds no configuration; restore it or start a new run")
     with suppress(TypeError, KeyError):  # operations of older runs are lists of numbers; what is none is told below
-        live = [[op if isinstance(op, str) else str(Operation(*op)) for op in ops] for ops in data["space"]["live"]]
-        data = {**data, "space": {**data["space"], "live": live}}
+        data = {**data, "space": _of_this_form(data["space"])}
     return from_json(RunConfig, data, source)
+
+
+def _of_this_form(space: Any) -> Any:
+    """The JSON of a space as files hold it now, whichever version wrote it. Raises `UserError` when it is none."""
+    if "table" in space:
+        return space
+    live = [
+        [op if isinstance(op, str) else str(Operation(BlockOp(*op[:-1]), op[-1])) for op in ops]
+        for ops in space["live"]
+    ]
+    return Space.from_json({**space, "live": live}).to_json()
 
 
 def _lost(given: Any, taken: Any, where: str) -> str | None:

@@ -13,76 +13,7 @@ from bsnas.engine.config import (
 )
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.space.space import Cluster, Space
-
-
-def searched_cluster(blocks: int, channels: tuple[int, ...], stride: int) -> Cluster:
-    """A cluster with the kernels and expansions of the paper's Table 1 and these options of channels."""
-    return Cluster(blocks=blocks, kernels=(3, 5, 7), expansions=(3, 6), channels=channels, stride=stride)
-
-
-def imagenet_space(classes: int = 1000) -> Space:
-    """Table 1 of the paper: 19 blocks, 3^6 x 6^19 architectures of 199.96 M to 773.40 M MACs."""
-    return Space(
-        classes=classes,
-        clusters=(
-            searched_cluster(2, (24, 32, 40), 2),
-            searched_cluster(4, (40, 48, 56), 2),
-            searched_cluster(4, (64, 72, 80), 2),
-            searched_cluster(4, (96, 112, 128), 1),
-            searched_cluster(4, (160, 192, 224), 2),
-            searched_cluster(1, (240, 280, 320), 1),
-        ),
-    )
-
-
-def mobilenet_v2_space(classes: int = 1000) -> Space:
-    """MobileNetV2 1.0 as a space of one architecture: 300.8 M MACs, 3.50 M parameters."""
-    table = ((2, 24, 2), (3, 32, 2), (4, 64, 2), (3, 96, 1), (3, 160, 2), (1, 320, 1))
-    return Space(
-        classes=classes,
-        clusters=tuple(
-            Cluster(blocks=blocks, kernels=(3,), expansions=(6,), channels=(channels,), stride=stride)
-            for blocks, channels, stride in table
-        ),
-    )
-
-
-def digits_space() -> Space:
-    """Eight blocks in four clusters for 16x16 images."""
-    return Space(
-        resolution=16,
-        classes=10,
-        stem_channels=16,
-        stem_stride=1,
-        separable_channels=8,
-        tail_channels=256,
-        clusters=(
-            searched_cluster(2, (16, 20, 24), 2),
-            searched_cluster(3, (24, 32, 40), 2),
-            searched_cluster(2, (40, 48, 56), 1),
-            searched_cluster(1, (56, 64, 80), 1),
-        ),
-    )
-
-
-def fashion_mnist_space() -> Space:
-    """Ten blocks in five clusters for 32x32 images."""
-    return Space(
-        resolution=32,
-        classes=10,
-        stem_channels=16,
-        stem_stride=2,
-        separable_channels=8,
-        tail_channels=320,
-        clusters=(
-            searched_cluster(2, (16, 20, 24), 1),
-            searched_cluster(3, (24, 32, 40), 2),
-            searched_cluster(2, (48, 56, 64), 1),
-            searched_cluster(2, (64, 80, 96), 2),
-            searched_cluster(1, (96, 112, 128), 1),
-        ),
-    )
+from bsnas.engine.space.spaces import space_named
 
 
 def digits() -> RunConfig:
@@ -93,7 +24,7 @@ def digits() -> RunConfig:
     """
     return RunConfig(
         preset="digits",
-        space=digits_space(),
+        space=space_named("digits"),
         data=DataConfig(source="digits", resolution=16, val_per_class=20, augment="pad-crop", pad=1),
         # Short trainings need shared weights that see many updates, and recalibrated scores: docs/study.md has figures.
         # A third step, to 3 operations, leaves some ten architectures of so small a space: nothing to search.
@@ -116,7 +47,7 @@ def fashion_mnist() -> RunConfig:
     """
     return RunConfig(
         preset="fashion-mnist",
-        space=fashion_mnist_space(),
+        space=space_named("fashion-mnist"),
         data=DataConfig(source="fashion-mnist", resolution=32, val_per_class=200, augment="pad-crop", pad=2, flip=True),
         sharing="nested",
         sampling=SamplingConfig(update="path", batches="fresh"),
@@ -135,7 +66,7 @@ def imagenet() -> RunConfig:
     """
     return RunConfig(
         preset="imagenet",
-        space=imagenet_space(),
+        space=space_named("imagenet"),
         data=DataConfig(
             source="folder",
             path="imagenet",

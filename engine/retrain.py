@@ -33,8 +33,8 @@ from bsnas.engine.networks.subnet import Subnet, release
 from bsnas.engine.release.saved_network import load_network, save_network
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir, read_json, write_json
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
-from bsnas.engine.space.space import Arch
 from bsnas.engine.training.network import NetworkTraining, measure_accuracy
 
 

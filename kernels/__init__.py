@@ -2,8 +2,9 @@
 
 from bsnas.kernels.backends import choose_backend, set_backend
 from bsnas.kernels.block import BlockShape, BlockWeights
-from bsnas.kernels.training import inverted_residual, pointwise_bn_relu6
+from bsnas.kernels.training import Block, inverted_residual, pointwise_bn_relu6, run_blocks
 
 __all__ = [
-    "BlockShape", "BlockWeights", "choose_backend", "inverted_residual", "pointwise_bn_relu6", "set_backend",
+    "Block", "BlockShape", "BlockWeights", "choose_backend", "inverted_residual", "pointwise_bn_relu6", "run_blocks",
+    "set_backend",
 ]  # fmt: skip

@@ -133,7 +133,19 @@ def _warn_of(reason: str) -> None:
         warnings.warn(f"blocks run on plain torch, which is slower: {reason}", stacklevel=4)
 
 
+@torch.compiler.disable
+def say_unfused(x: Tensor, form: str) -> None:
+    """Say once for each form of a block that no fused kernel knows it, where one would have run."""
+    if choose_backend(x) != "reference":
+        _warn_of_form(form)
+
+
+@lru_cache
+def _warn_of_form(form: str) -> None:
+    warnings.warn(f"no fused kernel knows blocks of {form}; they train on plain torch", stacklevel=4)
+
+
 def forget() -> None:
     """As if no device had been asked yet: for tests."""
-    for known in (why_not_on, why_not_triton, driver_fault, _warn_of):
+    for known in (why_not_on, why_not_triton, driver_fault, _warn_of, _warn_of_form):
         known.cache_clear()

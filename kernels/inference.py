@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from bsnas.kernels.backends import choose_backend
 from bsnas.kernels.cpu.inference import OneDNN
+from bsnas.kernels.plan import LayerPlan, activate_, is_matrix
 
 
 def fold_norm(norm: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -96,7 +97,9 @@ def segment_statistics(y: Tensor, segments: int) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def segment_affine_(y: Tensor, scale: Tensor, shift: Tensor, *, relu6: bool, residual: Tensor | None = None) -> Tensor:
+def segment_affine_(
+    y: Tensor, scale: Tensor, shift: Tensor, *, activation: str | None, residual: Tensor | None = None
+) -> Tensor:
     """Scale and shift of each segment, in place where y is float32: y [S * n, C, H, W] with scale, shift [S, C]."""
     segments = y.unflatten(0, (scale.shape[0], -1))
     spread = (slice(None), None, slice(None), None, None)
@@ -106,7 +109,55 @@ def segment_affine_(y: Tensor, scale: Tensor, shift: Tensor, *, relu6: bool, res
         y = torch.addcmul(shift[spread], segments, scale[spread]).to(y.dtype).flatten(0, 1)
     if residual is not None:
         y += residual
-    return y.clamp_(0, 6) if relu6 else y
+    return activate_(y, activation)
+
+
+# ---- a layer of any plan
+
+
+def convolution(layer: LayerPlan, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer's convolution of x [N, inputs, H, W] alone; weight as `slice_of` gives it."""
+    if is_matrix(layer):
+        return folded_pointwise(x, weight, x.new_zeros(len(weight)), relu6=False)
+    if layer.depthwise:
+        return folded_depthwise(x, weight, x.new_zeros(len(weight)), stride=layer.stride, relu6=False)
+    return _dense(layer, x, weight, None)
+
+
+def folded(layer: LayerPlan, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A layer with its norm folded in: convolution, bias [out], + residual, activation."""
+    if is_matrix(layer):
+        fused = layer.activation == "relu6" and residual is None
+        y = folded_pointwise(x, weight, bias, relu6=fused, residual=residual)
+        return y if fused else activate_(y, layer.activation)
+    fused = layer.depthwise and layer.activation == "relu6" and residual is None
+    if layer.depthwise:
+        y = folded_depthwise(x, weight, bias, stride=layer.stride, relu6=fused)
+    else:
+        y = _dense(layer, x, weight, bias)
+    if residual is not None:
+        y = y + residual
+    return y if fused else activate_(y, layer.activation)
+
+
+def segmented(
+    layer: LayerPlan, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """A layer with a norm of each segment: x [S * n, inputs, H, W], scale, shift [S, out], float32."""
+    fused = layer.activation == "relu6" and residual is None
+    if is_matrix(layer):
+        y = segmented_pointwise(x, weight, scale, shift, relu6=fused, residual=residual)
+        return y if fused else activate_(y, layer.activation)
+    if layer.depthwise and residual is None:
+        y = segmented_depthwise(x, weight, scale, shift, stride=layer.stride, relu6=fused)
+        return y if fused else activate_(y, layer.activation)
+    y = convolution(layer, x, weight)
+    return segment_affine_(y, scale, shift, activation=layer.activation, residual=residual)
+
+
+def _dense(layer: LayerPlan, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight = weight[:, :, None, None] if weight.dim() == 2 else weight
+    return F.conv2d(x, weight, bias, stride=layer.stride, padding=layer.kernel // 2)
 
 
 class Reference:
@@ -131,14 +182,14 @@ class Reference:
         x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, relu6: bool, residual: Tensor | None = None
     ) -> Tensor:
         y = F.conv2d(x, weight[:, :, None, None])
-        return segment_affine_(y, scale, shift, relu6=relu6, residual=residual)
+        return segment_affine_(y, scale, shift, activation="relu6" if relu6 else None, residual=residual)
 
     @staticmethod
     def segmented_depthwise(
         x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, stride: int, relu6: bool
     ) -> Tensor:
         y = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-        return segment_affine_(y, scale, shift, relu6=relu6)
+        return segment_affine_(y, scale, shift, activation="relu6" if relu6 else None)
 
 
 def _backend(name: str | None, x: Tensor) -> Any:

@@ -1,5 +1,6 @@
 """Plain torch reference: the specification of every other backend. Any dtype, any device, gradients by autograd."""
 
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bsnas.kernels.block import BlockShape, BlockWeights
+from bsnas.kernels.plan import BlockPlan, LayerPlan, activate, run, slice_of
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -70,3 +72,23 @@ def pointwise_bn_relu6(x: Tensor, weight: Tensor, bn: nn.BatchNorm2d, *, in_chan
     """See `kernels.pointwise_bn_relu6`."""
     x = x[:, :in_channels].to(compute_dtype(x))
     return F.relu6(batch_norm(pointwise(x, weight, weight.shape[0]), bn, training))
+
+
+def convolve(x: Tensor, weight: Tensor, layer: LayerPlan) -> Tensor:
+    """The layer's convolution of x [N, inputs, H, W] with its slice of a weight, in x's dtype; no norm."""
+    part = slice_of(weight, layer).to(x.dtype)
+    part = part[:, :, None, None] if part.dim() == 2 else part
+    groups = layer.inputs if layer.depthwise else 1
+    return F.conv2d(x, part, stride=layer.stride, padding=layer.kernel // 2, groups=groups)
+
+
+def run_plan(
+    x: Tensor, plan: BlockPlan, weights: Mapping[str, Tensor], norms: Sequence[nn.BatchNorm2d], *, training: bool
+) -> Tensor:
+    """A block of any plan: weights by the names of its layers, norms in the order of its convolutions."""
+
+    def layer(index: int, each: LayerPlan, y: Tensor, residual: Tensor | None) -> Tensor:
+        y = batch_norm(convolve(y, weights[each.name], each), norms[index], training)
+        return activate(y if residual is None else residual + y, each.activation)
+
+    return run(plan, x.to(compute_dtype(x)), layer)

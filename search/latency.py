@@ -37,9 +37,10 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.release.onnx import Precision
 from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import fair_archs, uniform_arch
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Space
 from bsnas.search.backends import BACKENDS, CannotRun
 from bsnas.search.latency_tables.bench import LatencyBench, base_ms
 from bsnas.search.latency_tables.fit import best_fit, errors_of, kendall_tau, part_counts

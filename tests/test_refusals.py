@@ -36,7 +36,7 @@ from bsnas.engine.release.onnx import onnx_logits
 from bsnas.engine.retrain import _best_arch
 from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.runs.rundir import RunDir, write_json
-from bsnas.engine.space.space import Operation
+from bsnas.engine.space.arch import Operation
 from bsnas.kernels import BlockShape, BlockWeights, choose_backend, inverted_residual, pointwise_bn_relu6, set_backend
 from bsnas.search.backends.base import CannotRun
 from bsnas.search.evolve import EvolveArguments

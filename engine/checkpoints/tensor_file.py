@@ -11,6 +11,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor, nn
 
+from bsnas.engine.checkpoints.old_names import with_present_names
 from bsnas.engine.host.atomic import sync_directory
 from bsnas.engine.host.errors import UserError
 
@@ -84,6 +85,7 @@ def read_tensors(file: Path) -> Any:
 def load_weights(network: nn.Module, weights: Any, file: Path) -> None:
     """Fill a network in. Raises `UserError` unless names, shapes and types are exactly the network's."""
     expected = network.state_dict()
+    weights = with_present_names(weights, expected)
     if not isinstance(weights, Mapping) or weights.keys() != expected.keys():
         given = set(weights) if isinstance(weights, Mapping) else set()
         names = sorted(map(str, given ^ set(expected)))

@@ -26,7 +26,7 @@ from bsnas.engine.host.console import Progress
 from bsnas.engine.host.distributed import Process, smallest, stop_together
 from bsnas.engine.host.preemption import stop_here
 from bsnas.engine.networks.supernet import Supernet
-from bsnas.engine.space.space import Arch
+from bsnas.engine.space.arch import Arch
 
 RECALIBRATION_PART = 512
 """Architectures that are recalibrated and then scored together: what a kill can lose."""
@@ -86,7 +86,11 @@ class Counting:
         if self.recalibration is None:
             return [list(archs)]
         space = self.supernet.space
-        largest = max(statistics_bytes(space.supernet_dims(arch), space.tail_channels) for arch in archs)
+        end = space.num_blocks - 1
+        largest = max(
+            statistics_bytes([*space.supernet_plans(a), *space.tail_plans(space.supernet_width(end, a.operations[-1]))])
+            for a in archs
+        )
         size = smallest(self.process, max(1, min(RECALIBRATION_PART, self.memory.statistics // largest)))
         ordered = sorted(archs, key=lambda arch: arch.operations)
         return [ordered[i : i + size] for i in range(0, len(ordered), size)]

@@ -19,7 +19,7 @@ import numpy as np
 
 from bsnas.engine.evaluation.store import Tally
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.space.space import Arch
+from bsnas.engine.space.arch import Arch
 
 FEWEST_IMAGES = 64
 """Below this, the normal approximation of so few differing answers is not to be trusted."""

@@ -30,7 +30,7 @@ from bsnas.engine.host.distributed import Process, on_main
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.preemption import deferred
 from bsnas.engine.networks.supernet import Supernet
-from bsnas.engine.space.space import Arch
+from bsnas.engine.space.arch import Arch
 
 BatchNormMode = Literal["running", "recalibrate"]
 """Which statistics score a subnet.

@@ -72,9 +72,7 @@ class Memory:
 
         A tree too wide for 16 images at once is cut into ranges of nodes instead (engine/evaluation/walk.py).
         """
-        widest = max(
-            sum(step.dims.out_channels for step in level.steps) * level.out_size**2 * itemsize for level in tree.levels
-        )
+        widest = max(sum(step.outputs for step in level.steps) * level.out_size**2 * itemsize for level in tree.levels)
         fitting = self.activations // (2 * widest)
         smallest = 16 if self.max_chunk == GPU_CHUNK else self.max_chunk
         return max(min(1 << max(fitting, 1).bit_length() - 1, self.max_chunk), smallest)

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bsnas.engine.evaluation.folded import Affine, Classifier, Stem, sliced_weights
+from bsnas.engine.evaluation.folded import Affine, Chain, Classifier, plan_of, sliced_weights
 from bsnas.engine.evaluation.images import ScoredImages
 from bsnas.engine.evaluation.memory import Budget, Memory
 from bsnas.engine.evaluation.tree import PrefixTree, Step
@@ -23,19 +22,16 @@ from bsnas.engine.evaluation.workers import RunAll
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.preemption import stop_here
 from bsnas.engine.networks.supernet import Supernet
-from bsnas.engine.space.space import BlockDims
-from bsnas.kernels import BlockShape, BlockWeights
+from bsnas.engine.space.plan import Plan
+from bsnas.kernels import Block
 from bsnas.kernels.inference import (
-    folded_depthwise,
-    folded_pointwise,
+    convolution,
     scale_and_shift,
     segment_affine_,
     segment_statistics,
-    segmented_depthwise,
-    segmented_pointwise,
+    segmented,
 )
-
-Norms = tuple[nn.BatchNorm2d | None, ...]
+from bsnas.kernels.plan import LayerPlan, run
 
 
 @dataclass
@@ -56,40 +52,40 @@ class Moments:
 
 @dataclass
 class TreeStatistics:
-    """The statistics of all nodes of a tree: per batch normalisation layer the moments of the nodes that use it."""
+    """The statistics of all nodes of a tree: per block the moments of the nodes that use each of its norms."""
 
     batches: int
     """How many batches all ranks together add up."""
-    stem: list[Moments] = field(default_factory=list)
-    """After the stem's convolution, the separable block's depthwise and its pointwise convolution."""
+    stem: list[list[Moments]] = field(default_factory=list)
+    """Per block of the stem; one row each."""
     blocks: dict[tuple[int, Step], list[Moments]] = field(default_factory=dict)
-    """Per level and step, after expand, depthwise and project; a row per node of that step."""
-    tails: dict[int, Moments] = field(default_factory=dict)
-    """Per width, a row per leaf of that width."""
+    """Per level and step; a row per node of that step."""
+    tails: dict[int, list[list[Moments]]] = field(default_factory=dict)
+    """Per width, for each block of the tail; a row per leaf of that width."""
 
     @classmethod
     def zeros(cls, supernet: Supernet, tree: PrefixTree, batches: int) -> "TreeStatistics":
+        def of(block: Block, nodes: int) -> list[Moments]:
+            return [Moments.zeros(nodes, norm) for norm in block.norms]
+
         statistics = cls(batches)
-        stem_norms = (supernet.stem_bn, *supernet.separable_norms[1:])
-        statistics.stem = [Moments.zeros(1, norm) for norm in stem_norms]
+        statistics.stem = [of(block, 1) for block in supernet.stem_blocks]
         for i, level in enumerate(tree.levels):
             for step, nodes in level.step_counts().items():
-                norms = supernet.block_norms(i, step.operation)
-                statistics.blocks[i, step] = [Moments.zeros(nodes, norm) for norm in norms]
+                statistics.blocks[i, step] = of(supernet.block(i, step.operation, step.inputs), nodes)
         for width, leaves in tree.final_widths().items():
-            statistics.tails[width] = Moments.zeros(leaves, supernet.tail_norm(width))
+            statistics.tails[width] = [of(block, leaves) for block in supernet.tail_blocks(width)]
         return statistics
 
     def tensors(self) -> list[Tensor]:
         """All sums, in an order that is the same on every rank."""
-        moments = [*self.stem, *(m for ms in self.blocks.values() for m in ms), *self.tails.values()]
-        return [tensor for m in moments for tensor in (m.mean, m.var)]
+        chains = [*self.stem, *self.blocks.values(), *(ms for chain in self.tails.values() for ms in chain)]
+        return [tensor for moments in chains for m in moments for tensor in (m.mean, m.var)]
 
 
-def statistics_bytes(dims: Sequence[BlockDims], tail_channels: int) -> int:
+def statistics_bytes(plans: Sequence[Plan]) -> int:
     """Bytes of the moments, and of the scales and shifts made of them, of one architecture that shares nothing."""
-    channels = sum(2 * block.hidden + block.out_channels for block in dims) + tail_channels
-    return channels * 2 * (8 + 4)
+    return sum(layer.outputs for plan in plans for layer in plan.convs) * 2 * (8 + 4)
 
 
 class StatisticsLayers:
@@ -105,72 +101,41 @@ class StatisticsLayers:
 
     def stem(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] -> the input of the first block."""
-        supernet, (first, *separable) = self.supernet, self.statistics.stem
-        weight = supernet.stem_conv.weight.detach().to(self.dtype)
-        x = F.conv2d(images, weight, stride=supernet.space.stem_stride, padding=1)
-        x = self._normalize(x, supernet.stem_bn, first, range(1), relu6=True)
-        weights = sliced_weights(supernet.separable_weights, supernet.separable_shape)
-        norms = supernet.separable_norms
-        return self._depthwise_project(x, x, weights, norms, supernet.separable_shape, separable, range(1))
+        x = images
+        for block, moments in zip(self.supernet.stem_blocks, self.statistics.stem, strict=True):
+            x = self._run(block, moments, range(1), x)
+        return x
 
     def block(self, level: int, step: Step, nodes: range, x: Tensor) -> Tensor:
         """One step for a batch of nodes: x [nodes * n, in, H, W] -> [nodes * n, out, H', W']."""
-        shape = BlockShape(*step.dims)
-        weights = sliced_weights(self.supernet.block_weights(level, step.operation), shape)
-        norms = self.supernet.block_norms(level, step.operation)
-        expand, *others = self.statistics.blocks[level, step]
-        assert weights.expand is not None
-        y = self._pointwise(x, weights.expand)
-        y = self._normalize(y, norms[0], expand, nodes, relu6=True)
-        return self._depthwise_project(x, y, weights, norms, shape, others, nodes)
+        block = self.supernet.block(level, step.operation, step.inputs)
+        return self._run(block, self.statistics.blocks[level, step], nodes, x)
 
     def tail(self, width: int, leaves: range, x: Tensor) -> Tensor:
-        """Statistics after the tail's convolution; no logits are needed: returns [leaves * n, 0]."""
-        y = self._pointwise(x, self.supernet.tail_weight[:, :width])
-        self._normalize(y, self.supernet.tail_norm(width), self.statistics.tails[width], leaves, relu6=True)
+        """Statistics of the tail's layers; no logits are needed: returns [leaves * n, 0]."""
+        for block, moments in zip(self.supernet.tail_blocks(width), self.statistics.tails[width], strict=True):
+            x = self._run(block, moments, leaves, x)
         return x.new_empty(len(x), 0)
 
-    def _depthwise_project(
-        self,
-        x: Tensor,
-        hidden: Tensor,
-        weights: BlockWeights,
-        norms: Norms,
-        shape: BlockShape,
-        moments: Sequence[Moments],
-        nodes: range,
-    ) -> Tensor:
-        bias = hidden.new_zeros(shape.hidden)
-        y = folded_depthwise(hidden, self._cast(weights.depthwise), bias, stride=shape.stride, relu6=False)
-        y = self._normalize(y, norms[1], moments[0], nodes, relu6=True)
-        y = self._pointwise(y, weights.project)
-        return self._normalize(y, norms[2], moments[1], nodes, relu6=False, residual=x if shape.residual else None)
+    def _run(self, block: Block, moments: Sequence[Moments], nodes: range, x: Tensor) -> Tensor:
+        weights = [weight.detach().to(self.dtype).contiguous() for weight in sliced_weights(block)]
 
-    def _pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
-        return folded_pointwise(x, self._cast(weight), x.new_zeros(len(weight)), relu6=False)
+        def layer(index: int, each: LayerPlan, y: Tensor, residual: Tensor | None) -> Tensor:
+            y = convolution(each, y, weights[index])
+            scale, shift = self._statistics_of(y, block.norms[index], moments[index], nodes)
+            return segment_affine_(y, scale, shift, activation=each.activation, residual=residual)
 
-    def _cast(self, weight: Tensor) -> Tensor:
-        return weight.detach().to(self.dtype).contiguous()
+        return run(block.plan, x, layer)
 
-    def _normalize(
-        self,
-        y: Tensor,
-        norm: nn.BatchNorm2d | None,
-        moments: Moments,
-        nodes: range,
-        *,
-        relu6: bool,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """Add the statistics of y [nodes * n, C, H, W] to those nodes' rows and normalise with them."""
-        assert norm is not None
+    def _statistics_of(self, y: Tensor, norm: nn.BatchNorm2d, moments: Moments, nodes: range) -> Affine:
+        """Add the statistics of y [nodes * n, C, H, W] to those nodes' rows; the scale and shift that they make."""
         mean, var = segment_statistics(y, len(nodes))
         values = y.numel() // (len(nodes) * y.shape[1])
         rows = slice(nodes.start, nodes.stop)
         with self._adding:
             moments.mean[rows] += mean.double()
             moments.var[rows] += (var * (values / (values - 1))).double()
-        return segment_affine_(y, *scale_and_shift(norm, mean, var), relu6=relu6, residual=residual)
+        return scale_and_shift(norm, mean, var)
 
 
 RECALIBRATION_BATCH = 128
@@ -229,23 +194,25 @@ class RecalibratedLayers:
 
     def __init__(self, supernet: Supernet, tree: PrefixTree, statistics: TreeStatistics, dtype: torch.dtype) -> None:
         self._statistics = statistics
-        stem_norms = (supernet.stem_bn, *supernet.separable_norms[1:])
-        stem = [self._affine(*pair) for pair in zip(stem_norms, statistics.stem, strict=True)]
-        self.stem = Stem(supernet, [(scale[0], shift[0]) for scale, shift in stem], tree.resolution, dtype)
+        stem = [
+            [(scale[0], shift[0]) for scale, shift in self._affines(block, moments)]
+            for block, moments in zip(supernet.stem_blocks, statistics.stem, strict=True)
+        ]
+        self.stem = Chain(supernet.stem_blocks, stem, tree.resolution, dtype)
         self.classify = Classifier(supernet, dtype)
         self._blocks: list[dict[Step, SegmentedBlock]] = []
         for i, level in enumerate(tree.levels):
             blocks = {}
             for step in level.step_counts():
-                shape = BlockShape(*step.dims)
-                weights = sliced_weights(supernet.block_weights(i, step.operation), shape)
-                norms = supernet.block_norms(i, step.operation)
-                affine = [self._affine(*pair) for pair in zip(norms, statistics.blocks[i, step], strict=True)]
-                blocks[step] = SegmentedBlock(weights, affine, shape, dtype)
+                block = supernet.block(i, step.operation, step.inputs)
+                blocks[step] = SegmentedBlock(block, self._affines(block, statistics.blocks[i, step]), dtype)
             self._blocks.append(blocks)
-        self._tail_weight = supernet.tail_weight.detach().to(dtype)
         self._tails = {
-            width: self._affine(supernet.tail_norm(width), statistics.tails[width]) for width in tree.final_widths()
+            width: [
+                SegmentedBlock(block, self._affines(block, moments), dtype)
+                for block, moments in zip(supernet.tail_blocks(width), statistics.tails[width], strict=True)
+            ]
+            for width in tree.final_widths()
         }
 
     def block(self, level: int, step: Step, nodes: range, x: Tensor) -> Tensor:
@@ -254,37 +221,30 @@ class RecalibratedLayers:
 
     def tail(self, width: int, leaves: range, x: Tensor) -> Tensor:
         """The leaves' outputs x [leaves * n, width, H, W] -> logits [leaves * n, classes]."""
-        scale, shift = self._tails[width]
-        rows = slice(leaves.start, leaves.stop)
-        weight = self._tail_weight[:, :width]
-        return self.classify(segmented_pointwise(x, weight, scale[rows], shift[rows], relu6=True))
+        for block in self._tails[width]:
+            x = block(x, leaves)
+        return self.classify(x)
 
-    def _affine(self, norm: nn.BatchNorm2d, sums: Moments) -> Affine:
+    def _affines(self, block: Block, moments: Sequence[Moments]) -> list[Affine]:
         batches = self._statistics.batches
-        return scale_and_shift(norm, sums.mean / batches, sums.var / batches)
+        pairs = zip(block.norms, moments, strict=True)
+        return [scale_and_shift(norm, sums.mean / batches, sums.var / batches) for norm, sums in pairs]
 
 
 class SegmentedBlock:
-    """An inverted residual block with weights that its nodes share and a scale and shift of each node."""
+    """A block with weights that its nodes share and a scale and shift of each node."""
 
-    def __init__(
-        self,
-        weights: BlockWeights,
-        affine: Sequence[Affine],
-        shape: BlockShape,
-        dtype: torch.dtype,
-    ) -> None:
-        self.expand, self.depthwise, self.project = (
-            weight.detach().to(dtype).contiguous() for weight in weights if weight is not None
-        )
-        self.affine = affine
-        self.shape = shape
+    def __init__(self, block: Block, affines: Sequence[Affine], dtype: torch.dtype) -> None:
+        self.plan = plan_of(block)
+        self.weights = [weight.detach().to(dtype).contiguous() for weight in sliced_weights(block)]
+        self.affines = affines
 
     def __call__(self, x: Tensor, nodes: range) -> Tensor:
-        """x [nodes * n, in, H, W] -> [nodes * n, out, ceil(H / stride), ceil(W / stride)]."""
+        """x [nodes * n, inputs, H, W] -> [nodes * n, outputs, H', W']."""
         rows = slice(nodes.start, nodes.stop)
-        (a1, b1), (a2, b2), (a3, b3) = self.affine
-        y = segmented_pointwise(x, self.expand, a1[rows], b1[rows], relu6=True)
-        y = segmented_depthwise(y, self.depthwise, a2[rows], b2[rows], stride=self.shape.stride, relu6=True)
-        shortcut = x if self.shape.residual else None
-        return segmented_pointwise(y, self.project, a3[rows], b3[rows], relu6=False, residual=shortcut)
+
+        def layer(index: int, each: LayerPlan, y: Tensor, residual: Tensor | None) -> Tensor:
+            scale, shift = self.affines[index]
+            return segmented(each, y, self.weights[index], scale[rows], shift[rows], residual)
+
+        return run(self.plan, x, layer)

@@ -10,18 +10,22 @@ This module needs no torch.
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from bsnas.engine.space.space import Arch, BlockDims, Operation, Space
+from bsnas.engine.space.arch import Arch, Operation
+from bsnas.engine.space.plan import Plan
+from bsnas.engine.space.space import Space
 
 
 class Step(NamedTuple):
     """What a node computes from its parent's output: one operation on one input width."""
 
     operation: Operation
-    dims: BlockDims
+    inputs: int
+    outputs: int
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Level:
     @cached_property
     def widest(self) -> int:
         """The most channels that a node puts out."""
-        return max(step.dims.out_channels for step in set(self.steps))
+        return max(step.outputs for step in set(self.steps))
 
     def step_counts(self) -> Counter[Step]:
         """How many nodes take each step."""
@@ -74,7 +78,6 @@ class PrefixTree:
         self.resolution = resolution
         self.leaves = tuple(sorted(range(len(archs)), key=lambda a: archs[a].operations))
         ordered = [archs[a] for a in self.leaves]
-        dims = [space.supernet_dims(arch) for arch in ordered]
         # node_of[i][a]: the node of level i through which the a-th architecture in lexicographic order passes
         node_of: list[list[int]] = []
         for i in range(space.num_blocks):
@@ -84,34 +87,35 @@ class PrefixTree:
                 same = above[a] == above[a - 1] and ordered[a].operations[i] == ordered[a - 1].operations[i]
                 nodes.append(nodes[-1] + (not same))
             node_of.append(nodes)
-        self.levels = tuple(self._level(i, node_of, ordered, dims) for i in range(space.num_blocks))
+        self._sizes = replace(space, resolution=resolution).input_sizes()
+        self.levels = tuple(self._level(i, node_of, ordered) for i in range(space.num_blocks))
         self.tail_positions = _earlier_equals(self._leaf_widths())
 
-    def _level(self, i: int, node_of: list[list[int]], ordered: list[Arch], dims: list[tuple[BlockDims, ...]]) -> Level:
+    def _level(self, i: int, node_of: list[list[int]], ordered: list[Arch]) -> Level:
         firsts = _first_positions(node_of[i])
-        steps = tuple(Step(ordered[a].operations[i], dims[a][i]) for a in firsts)
+        steps = tuple(self._step(i, ordered[a]) for a in firsts)
         below = node_of[i + 1] if i + 1 < len(node_of) else list(range(len(ordered)))
         return Level(
             steps=steps,
             parents=tuple(node_of[i - 1][a] if i else 0 for a in firsts),
             first_child=(*(below[a] for a in firsts), below[-1] + 1),
             positions=_earlier_equals(steps),
-            in_size=self._size_before(i),
-            out_size=self._size_before(i + 1),
+            in_size=self._sizes[i],
+            out_size=self._sizes[i + 1],
         )
 
-    def _size_before(self, block: int) -> int:
-        size = -(-self.resolution // self.space.stem_stride)
-        for i in range(block):
-            size = -(-size // self.space.block_stride(i))
-        return size
+    def _step(self, i: int, arch: Arch) -> Step:
+        space, operations = self.space, arch.operations
+        inputs = space.supernet_width(i - 1, operations[i - 1]) if i else space.entry_channels
+        plan = space.supernet_plan(i, inputs, operations[i])
+        return Step(operations[i], inputs, space.supernet_width(i, operations[i]), plan)
 
     def final_widths(self) -> Counter[int]:
         """The channel numbers that reach the tail, each from how many leaves."""
         return Counter(self._leaf_widths())
 
     def _leaf_widths(self) -> list[int]:
-        return [step.dims.out_channels for step in self.levels[-1].steps]
+        return [step.outputs for step in self.levels[-1].steps]
 
 
 def _first_positions(nodes: list[int]) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bsnas.engine.evaluation.memory import Memory
 from bsnas.engine.evaluation.tree import PrefixTree, Step
+from bsnas.engine.space.plan import layer_sizes
 from bsnas.kernels import choose_backend, graphs
 
 
@@ -123,8 +124,7 @@ def _compute(
     table = tree.levels[level]
     outputs: list[Tensor] = [inputs[0]] * len(nodes)
     for step, members in table.groups(nodes.start, nodes.stop).items():
-        pixels = table.in_size**2 + table.out_size**2
-        per_image = (step.dims.hidden * pixels + step.dims.in_channels * table.in_size**2) * inputs[0].itemsize
+        per_image = _workspace(step, table.in_size) * inputs[0].itemsize
         first = table.positions[members[0]]
 
         def run_step(batch: range, x: Tensor, step: Step = step, first: int = first) -> Tensor:
@@ -137,15 +137,24 @@ def _compute(
     return outputs
 
 
+def _workspace(step: Step, size: int) -> int:
+    """Values of one image that a step reads and keeps inside: its input, and what all but its last layer put out."""
+    sizes = layer_sizes(step.plan, size)
+    inner = [*sizes[: len(step.plan.layers) - 1], *sizes[len(step.plan.layers) :]]
+    return step.inputs * size**2 + sum(layer.outputs * written**2 for layer, _, written in inner)
+
+
 def _finish(tree: PrefixTree, layers: Layers, leaves: range, outputs: Sequence[Tensor], memory: Memory) -> LeafScores:
     """The logits of consecutive leaves from the last block's outputs."""
     last = tree.levels[-1]
     logits: list[Tensor] = [outputs[0]] * len(leaves)
     by_width: dict[int, list[int]] = {}
     for leaf in leaves:
-        by_width.setdefault(last.steps[leaf].dims.out_channels, []).append(leaf)
+        by_width.setdefault(last.steps[leaf].outputs, []).append(leaf)
     for width, members in by_width.items():
-        per_image = (width + tree.space.tail_channels) * last.out_size**2 * outputs[0].itemsize
+        convs = [layer for plan in tree.space.tail_plans(width) for layer in plan.convs]
+        widths = width + sum(layer.outputs for layer in convs)
+        per_image = widths * last.out_size**2 * outputs[0].itemsize
         first = tree.tail_positions[members[0]]
 
         def run_tail(batch: range, x: Tensor, width: int = width, first: int = first) -> Tensor:

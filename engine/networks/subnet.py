@@ -1,4 +1,4 @@
-"""Released networks: the plain MobileNetV2-style network of an architecture, built of standard modules.
+"""Released networks: the plain network of an architecture, built of standard modules.
 
 In training its blocks run as the supernet's do, through kernels/; in evaluation, export included, module by module.
 """
@@ -8,48 +8,67 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bsnas.engine.networks.supernet import Supernet, separable_block
-from bsnas.engine.space.space import Arch, BlockDims, Space
-from bsnas.kernels import BlockShape, BlockWeights, inverted_residual, pointwise_bn_relu6
-from bsnas.kernels.training import Norms
+from bsnas.engine.networks.supernet import Supernet
+from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.plan import Conv, Plan
+from bsnas.engine.space.space import Space
+from bsnas.kernels import Block, run_blocks
+from bsnas.kernels.plan import LayerPlan, run, slice_of
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu6": nn.ReLU6, "relu": nn.ReLU}
 
 
-def _conv_bn(in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
+def _activation(name: str | None) -> list[nn.Module]:
+    return [_ACTIVATIONS[name](inplace=True)] if name else []  # type: ignore[call-arg]
+
+
+def _conv_bn(layer: Conv) -> list[nn.Module]:
+    conv = nn.Conv2d(
+        layer.inputs, layer.outputs, layer.kernel, stride=layer.stride, padding=layer.kernel // 2,
+        groups=layer.inputs if layer.depthwise else 1, bias=False,
+    )  # fmt: skip
     nn.init.kaiming_normal_(conv.weight, mode="fan_out")
-    return [conv, nn.BatchNorm2d(out_channels)]
+    return [conv, nn.BatchNorm2d(layer.outputs)]
 
 
-class InvertedResidual(nn.Module):
-    """Pointwise expand (none in the stem), depthwise, pointwise project, and the identity shortcut where it fits."""
+class PlannedBlock(nn.Module):
+    """The block of a plan: a child for each convolution, with its norm, under the layer's name.
 
-    def __init__(self, dims: BlockDims, *, expands: bool = True) -> None:
+    x [N, inputs, H, W] -> [N, outputs, H', W'].
+    """
+
+    def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.expand = nn.Sequential()
-        if expands:
-            self.expand = nn.Sequential(*_conv_bn(dims.in_channels, dims.hidden, 1), nn.ReLU6(inplace=True))
-        self.depthwise = nn.Sequential(
-            *_conv_bn(dims.hidden, dims.hidden, dims.kernel, stride=dims.stride, groups=dims.hidden),
-            nn.ReLU6(inplace=True),
-        )
-        self.project = nn.Sequential(*_conv_bn(dims.hidden, dims.out_channels, 1))
-        self.residual = dims.residual
-        self.shape = BlockShape(*dims)
+        self.plan = plan
+        after_sum = plan.layers[-1] if plan.shortcut and plan.layers else None
+        for layer in plan.convs:
+            activation = [] if layer is after_sum else _activation(layer.activation)
+            self.add_module(layer.name, nn.Sequential(*_conv_bn(layer), *activation))
+        self.activation = nn.Sequential(*_activation(after_sum.activation if after_sum else None))
+        """Behind the shortcut's sum."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            weights, norms = self.parts()
-            return inverted_residual(x, weights, norms, self.shape, training=True)
-        y = self.project(self.depthwise(self.expand(x)))
-        return x + y if self.residual else y
+            return run_blocks(x, [self.block()], training=True)
+        return self.run(x)
 
-    def parts(self) -> tuple[BlockWeights, Norms]:
-        """Weights and norms for the fused block, which computes the same."""
-        expand, depthwise, project = cast(Any, (self.expand, self.depthwise, self.project))
-        has_expand = len(expand) > 0
-        matrix = expand[0].weight.flatten(1) if has_expand else None
-        weights = BlockWeights(matrix, depthwise[0].weight, project[0].weight.flatten(1))
-        return weights, (expand[1] if has_expand else None, depthwise[1], project[1])
+    def run(self, x: Tensor) -> Tensor:
+        """Module by module, as in evaluation."""
+
+        def layer(index: int, each: LayerPlan, y: Tensor, residual: Tensor | None) -> Tensor:
+            y = getattr(self, each.name)(y)
+            return y if residual is None else self.activation(residual + y)
+
+        return run(self.plan, x, layer)
+
+    def block(self) -> Block:
+        """Plan, weights and norms for the kernels, which compute the same."""
+        weights, norms = {}, []
+        for layer in self.plan.convs:
+            conv, norm, *_ = cast(Any, getattr(self, layer.name))
+            weights[layer.name] = slice_of(conv.weight, layer)
+            norms.append(norm)
+        return Block(self.plan, weights, norms)
 
 
 class Subnet(nn.Module):
@@ -64,30 +83,24 @@ class Subnet(nn.Module):
         space.check(arch)
         self.space = space
         self.arch = arch
-        stem = space.stem_channels
-        dims = space.released_dims(arch)
-        self.stem = nn.Sequential(
-            *_conv_bn(space.input_channels, stem, 3, stride=space.stem_stride),
-            nn.ReLU6(inplace=True),
-        )
-        self.separable = InvertedResidual(
-            BlockDims(stem, stem, space.separable_channels, kernel=3, stride=1), expands=False
-        )
-        self.blocks = nn.Sequential(*(InvertedResidual(dim) for dim in dims))
-        self.tail = nn.Sequential(*_conv_bn(dims[-1].out_channels, space.tail_channels, 1), nn.ReLU6(inplace=True))
-        self.classifier = nn.Linear(space.tail_channels, space.classes)
+        last = arch.channels[-1]
+        self.stem = nn.Sequential(*map(PlannedBlock, space.stem_plans))
+        self.blocks = nn.Sequential(*map(PlannedBlock, space.released_plans(arch)))
+        self.tail = nn.Sequential(*map(PlannedBlock, space.tail_plans(last)))
+        self.classifier = nn.Linear(space.classifier_inputs(last), space.classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
+    @property
+    def parts(self) -> list[PlannedBlock]:
+        """All blocks, from the images to the classifier."""
+        return [*cast(Any, self.stem), *cast(Any, self.blocks), *cast(Any, self.tail)]
+
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            conv, norm, _ = cast(Any, self.stem)
-            x = separable_block(conv(x), norm, *self.separable.parts(), self.separable.shape, training=True)
-            x = self.blocks(x)
-            conv, norm, _ = cast(Any, self.tail)
-            x = pointwise_bn_relu6(x, conv.weight.flatten(1), norm, in_channels=x.shape[1], training=True)
+            x = run_blocks(x, [part.block() for part in self.parts], training=True)
         else:
-            x = self.tail(self.blocks(self.separable(self.stem(x))))
+            x = self.tail(self.blocks(self.stem(x)))
         return self.classifier(x.mean((2, 3)))
 
 
@@ -95,45 +108,29 @@ def release(supernet: Supernet, arch: Arch) -> Subnet:
     """The released network of an architecture with the weights and statistics that it inherits from the supernet.
 
     Every released tensor is the first rows and columns (and the centre of the kernel) of the supernet's. With all
-    channels at their maximum both networks compute the same; otherwise the spring blocks' narrower outputs are a start
-    for training, not an equal network.
+    channels at their maximum, and always with sliced springs, both networks compute the same; otherwise the spring
+    blocks' narrower outputs are a start for training, not an equal network.
     """
-    subnet = Subnet(supernet.space, arch).to(supernet.tail_weight.device)
+    subnet = Subnet(supernet.space, arch).to(supernet.classifier.weight.device)
     with torch.no_grad():
-        _copy_conv(subnet.stem[0], supernet.stem_conv.weight)
-        _copy_norm(subnet.stem[1], supernet.stem_bn)
-        _copy_block(subnet.separable, supernet.separable_weights, supernet.separable_norms)
-        for i, op in enumerate(arch.operations):
-            _copy_block(subnet.blocks[i], supernet.block_weights(i, op), supernet.block_norms(i, op))
-        _copy_pointwise(subnet.tail[0], supernet.tail_weight)
-        _copy_norm(subnet.tail[1], supernet.tail_norm(supernet.block_shapes(arch)[-1].out_channels))
-    subnet.classifier.load_state_dict(supernet.classifier.state_dict())
+        for part, source in zip(subnet.parts, supernet.path_blocks(arch), strict=True):
+            _copy_block(part, source)
+        subnet.classifier.weight.copy_(supernet.classifier.weight[:, : subnet.classifier.in_features])
+        subnet.classifier.bias.copy_(supernet.classifier.bias)
     return subnet
 
 
-def _copy_block(block: Any, weights: BlockWeights, norms: Norms) -> None:
-    if weights.expand is not None:
-        _copy_pointwise(block.expand[0], weights.expand)
-    _copy_depthwise(block.depthwise[0], weights.depthwise)
-    _copy_pointwise(block.project[0], weights.project)
-    for part, norm in zip((block.expand, block.depthwise, block.project), norms, strict=True):
-        if norm is not None:
-            _copy_norm(part[1], norm)
-
-
-def _copy_conv(conv: Any, weight: Tensor) -> None:
-    conv.weight.copy_(weight)
-
-
-def _copy_pointwise(conv: Any, weight: Tensor) -> None:
-    out_channels, in_channels = conv.weight.shape[:2]
-    conv.weight.copy_(weight[:out_channels, :in_channels, None, None])
-
-
-def _copy_depthwise(conv: Any, weight: Tensor) -> None:
-    channels, kernel = conv.weight.shape[0], conv.weight.shape[2]
-    margin = (weight.shape[2] - kernel) // 2
-    conv.weight.copy_(weight[:channels, :, margin : margin + kernel, margin : margin + kernel])
+def _copy_block(part: PlannedBlock, source: Block) -> None:
+    names = [layer.name for layer in cast(Plan, source.plan).convs]
+    norms = dict(zip(names, source.norms, strict=True))
+    for layer in part.plan.convs:
+        conv, norm, *_ = cast(Any, getattr(part, layer.name))
+        if layer.name not in norms:  # sizes agree in the supernet, where its input is wider: a plain shortcut there
+            nn.init.dirac_(conv.weight)
+            continue
+        weight = slice_of(source.weights[layer.name], layer)
+        conv.weight.copy_(weight[:, :, None, None] if weight.dim() == 2 else weight)
+        _copy_norm(norm, norms[layer.name])
 
 
 def _copy_norm(norm: Any, source: Any) -> None:

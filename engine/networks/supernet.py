@@ -7,17 +7,28 @@ normalisation belongs to an operation alone in every mode, so that a path can be
 A supernet holds only the live operations of its space. `shrunk` gives the smaller supernet that a smaller space needs.
 """
 
-from typing import cast, get_args
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.space.space import Arch, Operation, Sharing, Space
-from bsnas.kernels import BlockShape, BlockWeights, inverted_residual, pointwise_bn_relu6
-from bsnas.kernels.reference import batch_norm
-from bsnas.kernels.training import Norms
+from bsnas.engine.space.arch import Arch, Operation
+from bsnas.engine.space.plan import Conv, Plan
+from bsnas.engine.space.space import Sharing, Space
+from bsnas.engine.space.table import Cluster
+from bsnas.kernels import Block, run_blocks
+
+
+class Variant(NamedTuple):
+    """One form that a block can take in the supernet."""
+
+    operation: Operation
+    inputs: int
+    """Channels that it reads."""
+    plan: Plan
 
 
 def _weight_key(op: Operation, sharing: Sharing) -> str:
@@ -27,19 +38,27 @@ def _weight_key(op: Operation, sharing: Sharing) -> str:
 
 
 class SharedWeights(nn.Module):
-    """The three convolution weights that some operations of a block share, at the largest sizes they need.
+    """The convolution weights that some operations of a block share, by layer, at the largest sizes they need.
 
-    expand [hidden, in], depthwise [hidden, 1, k, k], project [out, hidden]; float32.
+    [out, in] of a 1x1 convolution, [out, in, k, k] of others, [C, 1, k, k] of depthwise ones; float32.
     """
 
-    def __init__(self, in_channels: int, hidden: int, out_channels: int, kernel: int) -> None:
+    def __init__(self, layers: Mapping[str, Conv]) -> None:
         super().__init__()
-        self.expand = nn.Parameter(torch.empty(hidden, in_channels))
-        self.depthwise = nn.Parameter(torch.empty(hidden, 1, kernel, kernel))
-        self.project = nn.Parameter(torch.empty(out_channels, hidden))
-        _init_conv(self.expand, fan_out=hidden)
-        _init_conv(self.depthwise, fan_out=kernel * kernel)
-        _init_conv(self.project, fan_out=out_channels)
+        for name, layer in layers.items():
+            weight = _new_weight(layer)
+            groups = layer.outputs if layer.depthwise else 1
+            _init_conv(weight, fan_out=layer.kernel**2 * layer.outputs // groups)
+            self.register_parameter(name, weight)
+
+
+def _new_weight(layer: Conv) -> nn.Parameter:
+    if layer.depthwise:
+        return nn.Parameter(torch.empty(layer.outputs, 1, layer.kernel, layer.kernel))
+    if layer.kernel == 1:
+        return nn.Parameter(torch.empty(layer.outputs, layer.inputs))
+    # As torch makes it, which draws from the generator: runs of earlier versions begin with the same weights.
+    return cast(nn.Parameter, nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, bias=False).weight)
 
 
 def _init_conv(weight: Tensor, fan_out: int) -> None:
@@ -47,49 +66,75 @@ def _init_conv(weight: Tensor, fan_out: int) -> None:
     nn.init.normal_(weight, std=(2.0 / fan_out) ** 0.5)
 
 
-class SupernetBlock(nn.Module):
-    """All live operations of one block: their shared weights and their own batch normalisations."""
+def _largest(layers: Iterable[Conv]) -> dict[str, Conv]:
+    """Per name, a layer as large as the largest of that name in every dimension."""
+    found: dict[str, Conv] = {}
+    for layer in layers:
+        known = found.get(layer.name, layer)
+        found[layer.name] = layer._replace(
+            inputs=max(known.inputs, layer.inputs),
+            outputs=max(known.outputs, layer.outputs),
+            kernel=max(known.kernel, layer.kernel),
+        )
+    return found
 
-    def __init__(self, space: Space, block: int, sharing: Sharing) -> None:
+
+class SupernetBlock(nn.Module):
+    """All live operations of one block: their shared weights and their own batch normalisations.
+
+    Args:
+        variants: every form that the block can take.
+        largest: further forms that weights are kept large enough for.
+        sharing: who shares weights.
+        norms_by_input: whether an operation has norms of its own for each width that it reads.
+    """
+
+    def __init__(
+        self, variants: Iterable[Variant], largest: Iterable[Variant], sharing: Sharing, *, norms_by_input: bool
+    ) -> None:
         super().__init__()
         self.sharing = sharing
-        cluster = space.clusters[space.block_cluster[block]]
-        if space.is_first(block):
-            previous = space.block_cluster[block] - 1
-            fixed_in = max(space.clusters[previous].channels) if previous >= 0 else space.separable_channels
-        else:
-            fixed_in = None
-        sizes: dict[str, tuple[int, int, int, int]] = {}
+        self.variants = {(v.operation, v.inputs): v.plan for v in variants}
+        by_operation: dict[Operation, dict[int, Plan]] = {}
+        for (op, inputs), plan in self.variants.items():
+            by_operation.setdefault(op, {})[inputs] = plan
+        self._norm_keys: dict[tuple[Operation, int], str] = {}
         self.norms = nn.ModuleDict()
-        for op in space.live[block]:
-            in_channels = fixed_in or op.channels
-            hidden = op.expansion * in_channels
-            out_channels = max(cluster.channels) if space.is_spring(block) else op.channels
-            self.norms[str(op)] = nn.ModuleList(
-                [nn.BatchNorm2d(hidden), nn.BatchNorm2d(hidden), nn.BatchNorm2d(out_channels)]
-            )
-            key = _weight_key(op, sharing)
-            size = (in_channels, hidden, out_channels, op.kernel)
-            sizes[key] = tuple(map(max, sizes.get(key, size), size))  # type: ignore[assignment]
-        self.weights = nn.ModuleDict({key: SharedWeights(*size) for key, size in sizes.items()})
+        for op, plans in by_operation.items():
+            widths = {tuple(layer.outputs for layer in plan.convs) for plan in plans.values()}
+            apart = norms_by_input or len(widths) > 1
+            for inputs, plan in plans.items():
+                key = f"{op}i{inputs}" if apart else str(op)
+                self._norm_keys[op, inputs] = key
+                if key not in self.norms:
+                    self.norms[key] = nn.ModuleList([nn.BatchNorm2d(layer.outputs) for layer in plan.convs])
+        layers: dict[str, list[Conv]] = {}
+        for op, _, plan in (*(Variant(op, i, plan) for (op, i), plan in self.variants.items()), *largest):
+            layers.setdefault(_weight_key(op, sharing), []).extend(plan.convs)
+        self.weights = nn.ModuleDict({key: SharedWeights(_largest(convs)) for key, convs in layers.items()})
         # Found once: walking through the modules took 10 ms in every round of the imagenet preset's 18 paths.
-        self.active_parameters: dict[Operation, list[nn.Parameter]] = {
-            op: [*self.weights[_weight_key(op, sharing)].parameters(), *self.norms[str(op)].parameters()]
-            for op in space.live[block]
-        }
-        """The parameters that each operation uses."""
+        self._blocks = {key: self._block(*key) for key in self.variants}
+        self._active = {key: self._parameters_of(block) for key, block in self._blocks.items()}
 
-    def shared_weights(self, op: Operation) -> BlockWeights:
-        shared = cast(SharedWeights, self.weights[_weight_key(op, self.sharing)])
-        return BlockWeights(shared.expand, shared.depthwise, shared.project)
+    def _block(self, op: Operation, inputs: int) -> Block:
+        plan = self.variants[op, inputs]
+        shared = self.weights[_weight_key(op, self.sharing)]
+        weights = {layer.name: cast(Tensor, getattr(shared, layer.name)) for layer in plan.convs}
+        norms = [cast(nn.BatchNorm2d, norm) for norm in cast(nn.ModuleList, self.norms[self._norm_keys[op, inputs]])]
+        return Block(plan, weights, norms)
 
-    def op_norms(self, op: Operation) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d]:
-        expand, depthwise, project = cast(nn.ModuleList, self.norms[str(op)])
-        return cast(nn.BatchNorm2d, expand), cast(nn.BatchNorm2d, depthwise), cast(nn.BatchNorm2d, project)
+    @staticmethod
+    def _parameters_of(block: Block) -> list[nn.Parameter]:
+        weights = [cast(nn.Parameter, weight) for weight in block.weights.values()]
+        return [*weights, *(parameter for norm in block.norms for parameter in norm.parameters())]
 
-    def forward(self, x: Tensor, op: Operation, shape: BlockShape) -> Tensor:
-        """x [N, in, H, W] -> [N, out, ceil(H / stride), ceil(W / stride)]."""
-        return inverted_residual(x, self.shared_weights(op), self.op_norms(op), shape, training=self.training)
+    def block(self, op: Operation, inputs: int) -> Block:
+        """Plan, full-size weights and norms of an operation that reads `inputs` channels."""
+        return self._blocks[op, inputs]
+
+    def active_parameters(self, op: Operation, inputs: int) -> list[nn.Parameter]:
+        """The parameters that an operation uses."""
+        return self._active[op, inputs]
 
 
 class Supernet(nn.Module):
@@ -101,84 +146,69 @@ class Supernet(nn.Module):
             raise UserError(f"weight sharing {sharing!r} is unknown; allowed are {', '.join(get_args(Sharing))}")
         self.space = space
         self.sharing: Sharing = sharing
-        stem, separable = space.stem_channels, space.separable_channels
-        self.stem_conv = nn.Conv2d(space.input_channels, stem, 3, stride=space.stem_stride, padding=1, bias=False)
-        _init_conv(self.stem_conv.weight, fan_out=9 * stem)
-        self.stem_bn = nn.BatchNorm2d(stem)
-        self.separable_depthwise = nn.Parameter(torch.empty(stem, 1, 3, 3))
-        self.separable_project = nn.Parameter(torch.empty(separable, stem))
-        _init_conv(self.separable_depthwise, fan_out=9)
-        _init_conv(self.separable_project, fan_out=separable)
-        self.separable_bns = nn.ModuleList([nn.BatchNorm2d(stem), nn.BatchNorm2d(separable)])
-        self.blocks = nn.ModuleList(SupernetBlock(space, i, sharing) for i in range(space.num_blocks))
-        last = space.clusters[-1]
-        tail_inputs = space.live_channels(len(space.clusters) - 1) if last.blocks == 1 else (max(last.channels),)
-        self.tail_weight = nn.Parameter(torch.empty(space.tail_channels, max(tail_inputs)))
-        _init_conv(self.tail_weight, fan_out=space.tail_channels)
-        self.tail_bns = nn.ModuleDict({f"c{width}": nn.BatchNorm2d(space.tail_channels) for width in tail_inputs})
-        self.classifier = nn.Linear(space.tail_channels, space.classes)
+        self.stem = nn.ModuleList(_fixed_blocks(space.stem, [space.stem_plans], (space.input_channels,)))
+        self.blocks = nn.ModuleList(_searched_block(space, i, sharing) for i in range(space.num_blocks))
+        ends = space.supernet_inputs(space.num_blocks, 0)
+        tails = [space.tail_plans(width) for width in ends]
+        self.tail = nn.ModuleList(_fixed_blocks(space.tail, tails, ends))
+        self.classifier = nn.Linear(space.classifier_inputs(max(ends)), space.classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
-        self._fixed_parameters = [
-            *self.stem_conv.parameters(), *self.stem_bn.parameters(), self.separable_depthwise,
-            self.separable_project, *self.separable_bns.parameters(), self.tail_weight, *self.classifier.parameters(),
-        ]  # fmt: skip
-        """Those of every path."""
 
     # ---- the parts, for whoever runs them in another way (evaluation, release)
 
     @property
-    def separable_weights(self) -> BlockWeights:
-        return BlockWeights(None, self.separable_depthwise, self.separable_project)
+    def stem_blocks(self) -> list[Block]:
+        return self._chain(self.stem, self.space.input_channels)
 
-    @property
-    def separable_norms(self) -> tuple[None, nn.BatchNorm2d, nn.BatchNorm2d]:
-        return None, self.separable_bns[0], self.separable_bns[1]  # type: ignore[return-value]
+    def block(self, index: int, op: Operation, inputs: int) -> Block:
+        """A searched block with an operation, behind `inputs` channels."""
+        return cast(SupernetBlock, self.blocks[index]).block(op, inputs)
 
-    @property
-    def separable_shape(self) -> BlockShape:
-        stem = self.space.stem_channels
-        return BlockShape(stem, stem, self.space.separable_channels, kernel=3, stride=1)
+    def tail_blocks(self, inputs: int) -> list[Block]:
+        """The fixed blocks behind searched ones that put out `inputs` channels."""
+        return self._chain(self.tail, inputs)
 
-    def block_weights(self, block: int, op: Operation) -> BlockWeights:
-        """The full-size weights whose slices the operation uses."""
-        return self.blocks[block].shared_weights(op)  # type: ignore[operator]
-
-    def block_norms(self, block: int, op: Operation) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d]:
-        """Batch normalisation after expand, depthwise and project."""
-        return self.blocks[block].op_norms(op)  # type: ignore[operator]
-
-    def block_shapes(self, arch: Arch) -> list[BlockShape]:
-        """The slice that each block uses under `arch`."""
-        return [BlockShape(*dims) for dims in self.space.supernet_dims(arch)]
-
-    def tail_norm(self, in_channels: int) -> nn.BatchNorm2d:
-        """Batch normalisation after the tail's 1x1 convolution; one for each width that can reach it."""
-        return self.tail_bns[f"c{in_channels}"]  # type: ignore[return-value]
+    def path_blocks(self, arch: Arch) -> list[Block]:
+        """All blocks of an architecture's path, from the images to the classifier."""
+        inputs, found = self.space.entry_channels, self.stem_blocks
+        for i, op in enumerate(arch.operations):
+            found.append(self.block(i, op, inputs))
+            inputs = self.space.supernet_width(i, op)
+        return [*found, *self.tail_blocks(inputs)]
 
     def active_parameters(self, arch: Arch) -> list[nn.Parameter]:
         """The parameters that the path of `arch` uses; all others get no gradient."""
-        last = self.space.clusters[-1]
-        norm = self.tail_norm(arch.channels[-1] if last.blocks == 1 else max(last.channels))
-        found = [*self._fixed_parameters, norm.weight, norm.bias]
-        for block, op in zip(self.blocks, arch.operations, strict=True):
-            found += block.active_parameters[op]  # type: ignore[operator, index]
+        found: list[nn.Parameter] = []
+        inputs = self.space.input_channels
+        operations = [*self._only_operations(self.stem), *arch.operations]
+        for i, op in enumerate(operations):
+            j = i - len(self.stem)
+            found += cast(SupernetBlock, self.stem[i] if j < 0 else self.blocks[j]).active_parameters(op, inputs)
+            inputs = op.channels if j < 0 else self.space.supernet_width(j, op)
+        for block, op in zip(self.tail, self._only_operations(self.tail), strict=True):
+            found += cast(SupernetBlock, block).active_parameters(op, inputs)
+            inputs = op.channels
+        return [*found, *self.classifier.parameters()]
+
+    @staticmethod
+    def _only_operations(blocks: Iterable[nn.Module]) -> list[Operation]:
+        return [next(iter(cast(SupernetBlock, block).variants))[0] for block in blocks]
+
+    def _chain(self, blocks: Iterable[nn.Module], inputs: int) -> list[Block]:
+        """Blocks without a choice one after another, the first of which reads `inputs` channels."""
+        found = []
+        for block, op in zip(blocks, self._only_operations(blocks), strict=True):
+            found.append(cast(SupernetBlock, block).block(op, inputs))
+            inputs = op.channels
         return found
 
     # ---- running a path
 
     def forward(self, x: Tensor, arch: Arch) -> Tensor:
         """Images x [N, input_channels, H, W], channels_last, in the compute dtype -> logits [N, classes]."""
-        x = separable_block(
-            self.stem_conv(x), self.stem_bn, self.separable_weights, self.separable_norms, self.separable_shape,
-            training=self.training,
-        )  # fmt: skip
-        shapes = self.block_shapes(arch)
-        for block, op, shape in zip(self.blocks, arch.operations, shapes, strict=True):
-            x = block(x, op, shape)
-        width = shapes[-1].out_channels
-        x = pointwise_bn_relu6(x, self.tail_weight, self.tail_norm(width), in_channels=width, training=self.training)
-        return self.classifier(x.mean((2, 3)))
+        x = run_blocks(x, self.path_blocks(arch), training=self.training)
+        return classify(x, self.classifier.weight, self.classifier.bias)
 
     # ---- shrinking
 
@@ -190,22 +220,36 @@ class Supernet(nn.Module):
         assert space.fingerprint == self.space.fingerprint, "shrinking keeps the table"
         smaller = Supernet(space, self.sharing)
         smaller.load_state_dict(crop_to(smaller.state_dict(), self.state_dict()))
-        return smaller.train(self.training).to(self.tail_weight.device)
+        return smaller.train(self.training).to(self.classifier.weight.device)
 
 
-def separable_block(
-    x: Tensor, stem_bn: nn.BatchNorm2d, weights: BlockWeights, norms: Norms, shape: BlockShape, *, training: bool
-) -> Tensor:
-    """The stem's raw convolution output x [N, stem, H, W] -> norm, ReLU6, separable block -> [N, separable, H, W].
+def _searched_block(space: Space, i: int, sharing: Sharing) -> SupernetBlock:
+    live = [
+        Variant(op, inputs, space.supernet_plan(i, inputs, op))
+        for op in space.live[i]
+        for inputs in space.supernet_inputs(i, op.channels)
+    ]
+    # Behind a cluster of one block expansions multiply its largest option, and weights are kept for it.
+    bases = {(v.operation, space.expansion_base(i, v.inputs)) for v in live}
+    largest = [Variant(op, base, space.supernet_plan(i, base, op)) for op, base in sorted(bases)]
+    return SupernetBlock(live, largest, sharing, norms_by_input=space.springs == "sliced")
 
-    The kernels normalise x as they load it: its activation, at the largest resolution of the network, is never written.
-    Where the block has a shortcut (stem and separable channels are equal), that would have nothing to add.
-    """
-    if shape.residual:
-        x = F.relu6(batch_norm(x, stem_bn, training))
-    else:
-        norms = (stem_bn, *norms[1:])
-    return inverted_residual(x, weights, norms, shape, training=training)
+
+def _fixed_blocks(
+    clusters: Iterable[Cluster], chains: Iterable[tuple[Plan, ...]], inputs: tuple[int, ...]
+) -> Iterable[SupernetBlock]:
+    """Blocks without a choice, whose plans are given for each width that the first of them can read."""
+    operations = [Operation(row.choices[0], c.channels[0]) for c in clusters for row, _ in c.places]
+    for op, plans in zip(operations, zip(*chains, strict=True), strict=True):
+        variants = [Variant(op, width, plan) for width, plan in dict(zip(inputs, plans, strict=False)).items()]
+        yield SupernetBlock(variants, (), "nested", norms_by_input=True)
+        inputs = (op.channels,)
+
+
+def classify(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Average pool and linear layer: x [N, C, H, W], weight [classes, C or more] -> logits [N, classes]."""
+    pooled = x.mean((2, 3))
+    return F.linear(pooled, weight if weight.shape[1] == pooled.shape[1] else weight[:, : pooled.shape[1]], bias)
 
 
 def crop_to(smaller: dict[str, Tensor], larger: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet, release
 from bsnas.engine.release.saved_network import load_network
 from bsnas.engine.runs.rundir import RunDir
-from bsnas.engine.space.space import Arch
+from bsnas.engine.space.arch import Arch
 
 
 @dataclass(frozen=True)

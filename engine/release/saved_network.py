@@ -6,8 +6,9 @@ from bsnas.engine.checkpoints.tensor_file import load_weights, read_tensors, wri
 from bsnas.engine.host.atomic import write_error
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Space
 
 FORMAT = 1
 """Version of the file layout."""

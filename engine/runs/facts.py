@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bsnas.engine.runs.rundir import RunDir
-from bsnas.engine.space.space import Arch, Operation, Space
+from bsnas.engine.space.arch import Arch, Operation
+from bsnas.engine.space.space import Space
 
 Row = dict[str, Any]
 

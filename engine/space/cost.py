@@ -1,7 +1,7 @@
 """What released networks cost, block by block: MACs, parameters and peak activation memory. No torch.
 
-A cost is what the stem, each block and the tail contribute, added up or the largest of them. So its extremes come from
-dynamic programming over the blocks, and random architectures of a wanted cost can be drawn without rejection.
+A cost is what the stem, each searched block and the tail contribute, added up or the largest of them. So its extremes
+come from dynamic programming over the blocks, and random architectures of a wanted cost can be drawn without rejection.
 """
 
 import operator
@@ -11,10 +11,12 @@ from functools import cache
 from operator import itemgetter
 from typing import Any
 
-from bsnas.engine.space.space import Arch, BlockDims, BlockOp, Space
+from bsnas.engine.space.arch import Arch, BlockOp, Operation
+from bsnas.engine.space.plan import Conv, Plan, layer_sizes, size_after
+from bsnas.engine.space.space import Space
 
 Place = tuple[int, int, int, BlockOp]
-"""A block of a released network: its index, the channels before and after it, and its choice."""
+"""A searched block of a released network: its index, the channels before and after it, and its choice."""
 Pick = Callable[..., Any]
 """`min` or `max`."""
 
@@ -33,7 +35,7 @@ class Cost:
     block: Callable[[int, int, int, BlockOp], float]
     """Of a `Place`."""
     tail: Callable[[int], float]
-    """Behind a last cluster of so many channels."""
+    """Behind a last searched block of so many channels, the classifier included."""
     constant: float = 0
     """What every network costs beside its parts, as a call to a backend; added last."""
 
@@ -50,7 +52,7 @@ class Cost:
 
     def best(self, pick: Pick) -> tuple[float, Arch]:
         """The smallest (`pick` is `min`) or largest (`max`) cost of a live architecture, and the first that has it."""
-        best: dict[int, tuple[float, tuple[Place, ...]]] = {self.space.separable_channels: (self.stem, ())}
+        best: dict[int, tuple[float, tuple[Place, ...]]] = {self.space.entry_channels: (self.stem, ())}
         for i in range(self.space.num_blocks):
             found: dict[int, list[tuple[float, tuple[Place, ...]]]] = {}
             for before, channels in links(self.space, i):
@@ -71,8 +73,8 @@ class Cost:
 
 
 def places_of(space: Space, arch: Arch) -> Iterator[Place]:
-    """The blocks of an architecture's released network in order."""
-    before, index = space.separable_channels, 0
+    """The searched blocks of an architecture's released network in order."""
+    before, index = space.entry_channels, 0
     for channels, ops in zip(arch.channels, arch.blocks, strict=True):
         for op in ops:
             yield index, before, channels, op
@@ -87,21 +89,42 @@ def links(space: Space, block: int) -> list[tuple[int, int]]:
     own = space.live_channels(cluster)
     if not space.is_first(block):
         return [(channels, channels) for channels in own]
-    before: Iterable[int] = space.live_channels(cluster - 1) if cluster else (space.separable_channels,)
+    before: Iterable[int] = space.live_channels(cluster - 1) if cluster else (space.entry_channels,)
     return [(b, channels) for b in before for channels in own]
 
 
-def dims_at(space: Space, index: int, before: int, channels: int, op: BlockOp) -> BlockDims:
-    """The sizes of a released block."""
-    return BlockDims(before, op.expansion * before, channels, op.kernel, space.block_stride(index))
+def plan_macs(plan: Plan, size: int) -> int:
+    """Multiply-adds of a block that reads `size` x `size` pixels."""
+    return sum(written**2 * layer.outputs * layer.taps for layer, _, written in layer_sizes(plan, size))
 
 
-def input_sizes(space: Space) -> list[int]:
-    """Height of what every block reads in pixels, and behind them of what the tail reads."""
-    sizes = [-(-space.resolution // space.stem_stride)]
-    for i in range(space.num_blocks):
-        sizes.append(-(-sizes[-1] // space.block_stride(i)))
-    return sizes
+def plan_params(plan: Plan) -> int:
+    """Weights of a block's convolutions, and scale and shift of their norms."""
+    return sum(layer.outputs * layer.taps + 2 * layer.outputs for layer in plan.convs)
+
+
+def plan_bytes(plan: Plan, size: int) -> int:
+    """Most bytes of activations at once while a block runs, in fp32.
+
+    While a layer runs, its input and its output are there, and behind the first one what a shortcut will add; a
+    shortcut's own convolution runs first.
+    """
+    if not plan.layers:
+        return 0
+    shortcut, beside = plan.shortcut, 0
+    largest, at = 0, size
+    if isinstance(shortcut, Conv):
+        beside = size_after(size, shortcut.stride) ** 2 * shortcut.outputs
+        largest = size**2 * shortcut.inputs + beside
+    for layer in plan.layers:
+        written = size_after(at, layer.stride)
+        largest = max(largest, beside + at**2 * layer.inputs + written**2 * layer.outputs)
+        if shortcut and not beside:
+            beside = size**2 * layer.inputs
+        at = written
+    if plan.pool:
+        largest = max(largest, (at**2 + size_after(at, 2) ** 2) * plan.layers[-1].outputs)
+    return BYTES * largest
 
 
 class CostModel:
@@ -115,57 +138,33 @@ class CostModel:
     params: Cost
     """Trained parameters, batch normalisation's scale and shift and the classifier's bias among them."""
     activation_bytes: Cost
-    """Most bytes of activations held at once for one image, in fp32.
-
-    While a layer runs, its input and its output are there, and inside a block with a shortcut the block's input too."""
+    """Most bytes of activations held at once for one image, in fp32 (`plan_bytes`)."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
-        self._pixels = [size**2 for size in input_sizes(space)]
-        pixels, last = self._pixels[0], self._pixels[-1]
-        images, stem, separable = space.input_channels, space.stem_channels, space.separable_channels
-        tail, classes = space.tail_channels, space.classes
-        self.macs = Cost(
-            space,
-            operator.add,
-            pixels * (9 * images * stem + 9 * stem + stem * separable),
-            cache(self._block_macs),
-            lambda channels: last * channels * tail + tail * classes,
-        )
-        self.params = Cost(
-            space,
-            operator.add,
-            9 * images * stem + 2 * stem + 9 * stem + 2 * stem + stem * separable + 2 * separable,
-            cache(self._block_params),
-            lambda channels: channels * tail + 2 * tail + tail * classes + classes,
-        )
-        self.activation_bytes = Cost(
-            space,
-            max,
-            BYTES * max(images * space.resolution**2 + pixels * stem, 2 * pixels * stem, pixels * (stem + separable)),
-            cache(self._block_bytes),
-            lambda channels: BYTES * last * (channels + tail),
-        )
+        self._sizes = space.input_sizes()
+
+        def cost(combine: Callable[[float, float], float], of: Callable[[Plan, int], int], classifier: Any) -> Cost:
+            def block(index: int, before: int, channels: int, op: BlockOp) -> float:
+                return of(space.released_plan(index, before, Operation(op, channels)), self._sizes[index])
+
+            def chain(plans: Iterable[Plan], size: int, total: float) -> float:
+                for plan in plans:
+                    total = combine(total, of(plan, size))
+                    size = size_after(size, plan.stride)
+                return total
+
+            def tail(channels: int) -> float:
+                features = space.classifier_inputs(channels)
+                return chain(space.tail_plans(channels), self._sizes[-1], classifier(features))
+
+            return Cost(space, combine, chain(space.stem_plans, space.resolution, 0), cache(block), cache(tail))
+
+        classes = space.classes
+        self.macs = cost(operator.add, plan_macs, lambda features: features * classes)
+        self.params = cost(operator.add, lambda plan, _: plan_params(plan), lambda features: (features + 1) * classes)
+        self.activation_bytes = cost(max, plan_bytes, lambda _: 0)
 
     def macs_and_params(self, arch: Arch) -> tuple[int, int]:
         """(multiply-adds for one image, parameters) of the released network."""
         return int(self.macs(arch)), int(self.params(arch))
-
-    def _block_macs(self, index: int, before: int, channels: int, op: BlockOp) -> int:
-        dims = dims_at(self.space, index, before, channels, op)
-        depthwise_and_project = dims.kernel**2 * dims.hidden + dims.hidden * dims.out_channels
-        return self._pixels[index] * dims.in_channels * dims.hidden + self._pixels[index + 1] * depthwise_and_project
-
-    def _block_params(self, index: int, before: int, channels: int, op: BlockOp) -> int:
-        dims = dims_at(self.space, index, before, channels, op)
-        weights = dims.hidden * (dims.in_channels + dims.kernel**2 + dims.out_channels)
-        return weights + 4 * dims.hidden + 2 * dims.out_channels
-
-    def _block_bytes(self, index: int, before: int, channels: int, op: BlockOp) -> int:
-        dims = dims_at(self.space, index, before, channels, op)
-        read, written = self._pixels[index], self._pixels[index + 1]
-        kept = read * dims.in_channels if dims.residual else 0
-        expand = read * (dims.in_channels + dims.hidden)
-        depthwise = kept + (read + written) * dims.hidden
-        project = kept + written * (dims.hidden + dims.out_channels)
-        return BYTES * max(expand, depthwise, project)

@@ -16,7 +16,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from bsnas.engine.space.space import Arch, BlockOp, Space
+from bsnas.engine.space.arch import Arch, BlockOp
+from bsnas.engine.space.space import Space
 
 Choice = TypeVar("Choice")
 

@@ -6,7 +6,8 @@ Pure functions: scored architectures in, importance of every operation and a sma
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bsnas.engine.space.space import Arch, Operation, Space
+from bsnas.engine.space.arch import Arch, Operation
+from bsnas.engine.space.space import Space
 
 Importance = tuple[dict[Operation, float], ...]
 """Per block, R_i of every live operation."""

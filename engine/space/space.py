@@ -1,9 +1,9 @@
-"""The search space as data: clusters, operations, architectures (paper, section 3.1 and Table 1).
+"""The search space as data: a table of clusters, and the operations still alive (paper, section 3.1 and Table 1).
 
-A space is a table of clusters. Inside a cluster every block uses the cluster's channel number; every block chooses
-its own kernel and expansion ratio. Two widths belong to every architecture: the widths inside the *supernet*, where
-the last block of a cluster (its spring block) always puts out the cluster's largest option so that the next cluster
-can be built, and the widths of the *released* network, where it puts out the selected channels.
+Inside a cluster every block uses the cluster's channel number; every block chooses its own kernel, hidden width and
+whatever else its row offers. Two widths belong to every architecture: the widths inside the *supernet*, where the last
+block of a cluster (its spring block) puts out the cluster's largest option so that the next cluster can be built, and
+the widths of the *released* network, where it puts out the selected channels.
 
 This module needs no torch.
 """
@@ -11,209 +11,85 @@ This module needs no torch.
 import hashlib
 import json
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, get_args
 
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.space.arch import Arch, BlockOp, Operation
+from bsnas.engine.space.plan import Plan, size_after
+from bsnas.engine.space.table import MOST, Cluster, Row, TableError
 
 Sharing = Literal["nested", "channels", "independent"]
 """Who shares convolution weights inside a block.
 
-- `nested`: all operations; kernels are centre crops of the largest, expansions and channels are slices.
-- `channels`: the operations of one (kernel, expansion), as the choice blocks of SPOS and FairNAS.
+- `nested`: all operations; kernels are centre crops of the largest, hidden widths and channels are slices.
+- `channels`: the operations of equal choices of the block, as the choice blocks of SPOS and FairNAS.
 - `independent`: nobody.
 """
 
+Springs = Literal["fixed", "sliced"]
+"""What the last block of a cluster puts out in the supernet.
 
-class BlockOp(NamedTuple):
-    """The part of an operation that a block chooses for itself; `k5t3` as text."""
-
-    kernel: int
-    expansion: int
-
-    def __str__(self) -> str:
-        return f"k{self.kernel}t{self.expansion}"
-
-
-class Operation(NamedTuple):
-    """One choice of one block; `k5t3c40` as text."""
-
-    kernel: int
-    expansion: int
-    channels: int
-
-    @property
-    def block_op(self) -> BlockOp:
-        return BlockOp(self.kernel, self.expansion)
-
-    def __str__(self) -> str:
-        return f"{self.block_op}c{self.channels}"
-
-    @classmethod
-    def parse(cls, text: str) -> "Operation":
-        """The operation that `str` wrote. Raises `UserError` when the text is none."""
-        match = re.fullmatch(r"k(\d+)t(\d+)c(\d+)", text, re.ASCII)
-        if match is None:
-            raise UserError(f"operation {text!r:.40} does not parse; write kKERNELtEXPANSIONcCHANNELS, as k5t3c40")
-        return cls(*map(int, match.groups()))
-
-
-class BlockDims(NamedTuple):
-    """The sizes of one inverted residual block."""
-
-    in_channels: int
-    hidden: int
-    out_channels: int
-    kernel: int
-    stride: int
-
-    @property
-    def residual(self) -> bool:
-        return self.stride == 1 and self.in_channels == self.out_channels
-
-
-MOST = {"blocks": 1000, "kernels": 99, "expansions": 99, "channels": 99_999, "resolution": 10_000}
-"""Largest values of a table: what an architecture's text can say, and far beyond any network."""
-MOST_OPERATIONS = 10_000
-"""Of one block."""
-
-
-def _is_positive_integer(value: Any) -> bool:
-    return type(value) is int and value >= 1  # True is no width, although it is an int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """Blocks that share one searched channel number (one line of Table 1)."""
-
-    blocks: int
-    """Number of inverted residual blocks."""
-    kernels: tuple[int, ...]
-    """Depthwise kernel sizes to choose from, odd."""
-    expansions: tuple[int, ...]
-    """Expansion ratios to choose from."""
-    channels: tuple[int, ...]
-    """Output channels to choose from, shared by the blocks of the cluster."""
-    stride: int
-    """Stride of the first block; the others have stride 1."""
-
-    def __post_init__(self) -> None:
-        if not _is_positive_integer(self.blocks):
-            raise UserError(f"a cluster has {self.blocks!r:.40} blocks; at least 1 is needed")
-        if not _is_positive_integer(self.stride) or self.stride > 2:
-            raise UserError(f"a cluster has stride {self.stride!r:.40}; allowed are 1 and 2")
-        for name in ("kernels", "expansions", "channels"):
-            options = getattr(self, name)
-            whole = isinstance(options, tuple) and all(map(_is_positive_integer, options))
-            if not whole or not options or len(set(options)) != len(options):
-                raise UserError(f"{name} {options!r:.80} of a cluster: give one or more different positive integers")
-            if max(options) > MOST[name]:
-                raise UserError(f"{name} {options!r:.80} of a cluster: allowed are at most {MOST[name]}")
-        if len(self.kernels) * len(self.expansions) * len(self.channels) > MOST_OPERATIONS:
-            raise UserError(f"a cluster has more than {MOST_OPERATIONS} operations; give fewer options")
-        if any(kernel % 2 == 0 for kernel in self.kernels):
-            raise UserError(f"kernels {self.kernels} of a cluster: kernel sizes must be odd")
-
-    @property
-    def operations(self) -> tuple[Operation, ...]:
-        return tuple(
-            Operation(kernel, expansion, channels)
-            for channels in self.channels
-            for kernel in self.kernels
-            for expansion in self.expansions
-        )
-
-
-@dataclass(frozen=True)
-class Arch:
-    """An architecture: one channel number per cluster and one (kernel, expansion) per block.
-
-    As text, a cluster is its channels and its blocks, clusters joined by `_`: `c24:k3t3,k5t6_c48:k7t6`.
-    """
-
-    channels: tuple[int, ...]
-    blocks: tuple[tuple[BlockOp, ...], ...]
-    """Per cluster, the choice of each of its blocks."""
-
-    def __str__(self) -> str:
-        return "_".join(
-            f"c{channels}:{','.join(map(str, ops))}" for channels, ops in zip(self.channels, self.blocks, strict=True)
-        )
-
-    @classmethod
-    def parse(cls, text: str) -> "Arch":
-        """The architecture that `str` wrote. Raises `UserError` when the text is none."""
-        channels, blocks = [], []
-        for part in text.strip().split("_"):
-            match = re.fullmatch(r"c(\d{1,5}):(k\d{1,2}t\d{1,2}(?:,k\d{1,2}t\d{1,2})*)", part, re.ASCII)
-            if match is None:
-                raise UserError(
-                    f"architecture {text[:80]!r} does not parse at {part[:40]!r}; "
-                    "write each cluster as cCHANNELS:kKERNELtEXPANSION,... and join clusters with _ "
-                    "(example: c24:k3t3,k5t6_c48:k7t6)"
-                )
-            channels.append(int(match[1]))
-            blocks.append(tuple(BlockOp(*map(int, op[1:].split("t"))) for op in match[2].split(",")))
-        return cls(tuple(channels), tuple(blocks))
-
-    @cached_property
-    def flat_blocks(self) -> tuple[BlockOp, ...]:
-        """The choices of all blocks in network order."""
-        return tuple(op for ops in self.blocks for op in ops)
-
-    @cached_property
-    def operations(self) -> tuple[Operation, ...]:
-        """The operation of every block in network order."""
-        return tuple(
-            Operation(*op, channels) for channels, ops in zip(self.channels, self.blocks, strict=True) for op in ops
-        )
+- `fixed`: the largest channel option, where the cluster has several blocks (the paper's spring blocks).
+- `sliced`: the selected channels; path and released network are then equal for every architecture.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """A search space: the fixed stem and tail, the clusters, and the operations still alive."""
+    """A search space: a table of clusters, what the network reads and tells, and the operations still alive."""
 
-    clusters: tuple[Cluster, ...]
+    table: tuple[Cluster, ...]
+    """All clusters, from the images to the classifier."""
+    springs: Springs = "fixed"
     resolution: int = 224
     """Input height and width in pixels."""
     input_channels: int = 3
     classes: int = 1000
-    stem_channels: int = 32
-    """Output of the stem's 3x3 convolution."""
-    stem_stride: int = 2
-    separable_channels: int = 16
-    """Output of the stem's 3x3 depthwise-separable convolution."""
-    tail_channels: int = 1280
-    """Output of the last 1x1 convolution, before the average pool."""
     live: tuple[tuple[Operation, ...], ...] = ()
-    """Per block, the operations that shrinking has left; all of them when not given."""
+    """Per searched block, the operations that shrinking has left; all of them when not given."""
 
     def __post_init__(self) -> None:
-        if not self.clusters:
-            raise UserError("a space needs at least one cluster")
-        if not _is_positive_integer(self.stem_stride) or self.stem_stride > 2:
-            raise UserError(f"stem stride {self.stem_stride}; allowed are 1 and 2")
-        for name in (
-            "resolution", "input_channels", "classes", "stem_channels", "separable_channels", "tail_channels"
-        ):  # fmt: skip
+        if not self.table:
+            raise TableError("a space needs at least one cluster", "cluster")
+        if self.springs not in get_args(Springs):
+            raise TableError(f"springs {self.springs!r:.40} of a space; allowed are fixed and sliced", "springs")
+        for name in ("resolution", "input_channels", "classes"):
             value, most = getattr(self, name), MOST.get(name, MOST["channels"])
-            if not _is_positive_integer(value) or value > most:
-                raise UserError(f"{name} of a space is {value!r:.40}; it must be a positive integer of at most {most}")
-        if sum(cluster.blocks for cluster in self.clusters) > MOST["blocks"]:
-            raise UserError(f"a space has at most {MOST['blocks']} blocks; give clusters with fewer")
+            if type(value) is not int or not 1 <= value <= most:
+                raise TableError(
+                    f"{name} of a space is {value!r:.40}; it must be a positive integer of at most {most}", name
+                )
+        if sum(cluster.blocks for cluster in self.table) > MOST["blocks"]:
+            raise TableError(f"a space has at most {MOST['blocks']} blocks; give clusters with fewer", "blocks", 0)
         if not self.live:
-            object.__setattr__(self, "live", tuple(self.clusters[j].operations for j in self.block_cluster))
+            object.__setattr__(self, "live", tuple(map(self._operations_of, range(self.num_blocks))))
         self._check_live()
+
+    def check_strides(self) -> None:
+        """Raise `TableError` where a stride has no pixels left to skip."""
+        size = self.resolution
+        for j, cluster in enumerate(self.table):
+            for number, row in enumerate(cluster.rows):
+                for key in ("stride",) * (row.stride > 1) + ("pool",) * row.pool:
+                    if size == 1:
+                        raise TableError(
+                            f"{key} of a block that reads 1x1 pixels: {self.resolution} pixels are used up; "
+                            "allowed is stride 1 without pool; take a stride out or raise resolution",
+                            key, j, number,
+                        )  # fmt: skip
+                    size = size_after(size, 2)
+
+    def _operations_of(self, block: int) -> tuple[Operation, ...]:
+        return self.clusters[self.block_cluster[block]].operations(self.block_row(block))
 
     def _check_live(self) -> None:
         if len(self.live) != self.num_blocks:
             raise UserError(f"a space of {self.num_blocks} blocks got live operations for {len(self.live)}")
         for i, ops in enumerate(self.live):
-            cluster = self.clusters[self.block_cluster[i]]
-            foreign = set(ops) - set(cluster.operations)
+            foreign = set(ops) - set(self._operations_of(i))
             if foreign or not ops or len(set(ops)) != len(ops):
                 raise UserError(
                     f"live operations of block {i + 1} must be different ones of its cluster, and at least one; "
@@ -227,15 +103,40 @@ class Space:
     # ---- the shape of the table
 
     @cached_property
+    def _searched(self) -> range:
+        """The clusters that texts write: all but a stem and a tail without a choice."""
+        written = [j for j, cluster in enumerate(self.table) if cluster.written] or range(len(self.table))
+        return range(written[0], written[-1] + 1)
+
+    @cached_property
+    def stem(self) -> tuple[Cluster, ...]:
+        """Leading clusters without a choice; an architecture's text leaves them out."""
+        return self.table[: self._searched.start]
+
+    @cached_property
+    def clusters(self) -> tuple[Cluster, ...]:
+        """The searched clusters: those that an architecture's text writes."""
+        return self.table[self._searched.start : self._searched.stop]
+
+    @cached_property
+    def tail(self) -> tuple[Cluster, ...]:
+        """Trailing clusters without a choice; an architecture's text leaves them out."""
+        return self.table[self._searched.stop :]
+
+    @cached_property
     def block_cluster(self) -> tuple[int, ...]:
-        """The cluster index of every block."""
+        """The cluster index of every searched block."""
         return tuple(j for j, cluster in enumerate(self.clusters) for _ in range(cluster.blocks))
 
     @cached_property
     def cluster_blocks(self) -> tuple[range, ...]:
-        """The block indices of every cluster."""
+        """The block indices of every searched cluster."""
         ends = [sum(cluster.blocks for cluster in self.clusters[: j + 1]) for j in range(len(self.clusters))]
         return tuple(range(end - cluster.blocks, end) for end, cluster in zip(ends, self.clusters, strict=True))
+
+    @cached_property
+    def _places(self) -> tuple[tuple[Row, int], ...]:
+        return tuple(place for cluster in self.clusters for place in cluster.places)
 
     @property
     def num_blocks(self) -> int:
@@ -248,10 +149,20 @@ class Space:
     def is_spring(self, block: int) -> bool:
         """Whether the block's supernet output is fixed: the last of a cluster of two blocks or more."""
         blocks = self.cluster_blocks[self.block_cluster[block]]
-        return len(blocks) > 1 and block == blocks[-1]
+        return self.springs == "fixed" and len(blocks) > 1 and block == blocks[-1]
+
+    def block_row(self, block: int) -> Row:
+        return self._places[block][0]
 
     def block_stride(self, block: int) -> int:
-        return self.clusters[self.block_cluster[block]].stride if self.is_first(block) else 1
+        """By which height and width fall in the block, a max pool included."""
+        row, stride = self._places[block]
+        return stride * (2 if row.pool else 1)
+
+    @cached_property
+    def has_identities(self) -> bool:
+        """Whether a block may be left out, so that different texts may mean one network."""
+        return any(BlockOp() in row.choices for row, _ in self._places)
 
     # ---- live operations
 
@@ -274,7 +185,7 @@ class Space:
         return self._live_channels[cluster]
 
     def live_block_ops(self, block: int, channels: int) -> tuple[BlockOp, ...]:
-        """The (kernel, expansion) choices of a block under a channel number of its cluster."""
+        """The choices of a block under a channel number of its cluster."""
         return self._live_block_ops[block][channels]
 
     @cached_property
@@ -296,6 +207,10 @@ class Space:
     def full(self) -> "Space":
         """The same table with every operation alive."""
         return replace(self, live=())
+
+    def with_clusters(self, clusters: Sequence[Cluster]) -> "Space":
+        """Other searched clusters, all operations alive, between the same stem and tail."""
+        return replace(self, table=(*self.stem, *clusters, *self.tail), live=())
 
     def check(self, arch: Arch) -> None:
         """Raise `UserError` unless the architecture is one of this space."""
@@ -320,67 +235,167 @@ class Space:
                         f"with {channels} channels allowed are {', '.join(map(str, allowed))}"
                     )
 
-    # ---- widths
+    # ---- plans
 
-    def supernet_dims(self, arch: Arch) -> tuple[BlockDims, ...]:
-        """The slice of every block that the supernet uses for an architecture.
+    @cached_property
+    def entry_channels(self) -> int:
+        """What the first searched block reads."""
+        return self.stem[-1].channels[0] if self.stem else self.input_channels
 
-        A spring block puts out its cluster's largest option. A cluster of one block puts out the selected channels
-        and the block that follows reads only these, keeping the hidden width of the largest option.
+    @cached_property
+    def stem_plans(self) -> tuple[Plan, ...]:
+        return tuple(_fixed_plans(self.stem, self.input_channels))
+
+    def tail_plans(self, inputs: int) -> tuple[Plan, ...]:
+        """The fixed blocks behind the searched ones, which put out so many channels."""
+        return tuple(_fixed_plans(self.tail, inputs))
+
+    def classifier_inputs(self, inputs: int) -> int:
+        """What the classifier reads where the last searched block puts out so many channels."""
+        return self.tail[-1].channels[0] if self.tail else inputs
+
+    @cached_property
+    def _plans(self) -> dict[tuple[int, int, int, int, Operation], Plan]:
+        return {}
+
+    def _plan(self, block: int, inputs: int, base: int, outputs: int, operation: Operation) -> Plan:
+        key = (block, inputs, base, outputs, operation)
+        if key not in self._plans:
+            row, stride = self._places[block]
+            self._plans[key] = row.plan(operation.block_op, inputs, outputs, operation.channels, base, stride)
+        return self._plans[key]
+
+    def released_plan(self, block: int, before: int, operation: Operation) -> Plan:
+        """A block of a released network that reads `before` channels."""
+        return self._plan(block, before, before, operation.channels, operation)
+
+    def released_plans(self, arch: Arch) -> tuple[Plan, ...]:
+        """The blocks of the released network: an ordinary stack of the selected widths."""
+        before = self.entry_channels
+        plans: list[Plan] = []
+        for i, op in enumerate(arch.operations):
+            plans.append(self.released_plan(i, before, op))
+            before = op.channels
+        return tuple(plans)
+
+    def supernet_width(self, block: int, operation: Operation) -> int:
+        """What a block puts out in the supernet: a spring block its cluster's largest option, else what is selected."""
+        if self.is_spring(block):
+            return max(self.clusters[self.block_cluster[block]].channels)
+        return operation.channels
+
+    def supernet_inputs(self, block: int, channels: int) -> tuple[int, ...]:
+        """The widths that a block can read in the supernet, ascending; the last block's successor is the tail."""
+        first = block == self.num_blocks or self.is_first(block)
+        if not first:
+            return (channels,)
+        if block == 0:
+            return (self.entry_channels,)
+        if self.is_spring(block - 1):
+            return (max(self.clusters[self.block_cluster[block - 1]].channels),)
+        return self.live_channels(self.block_cluster[block - 1])
+
+    def expansion_base(self, block: int, inputs: int) -> int:
+        """What an expansion ratio of the input multiplies in a block that reads `inputs` channels.
+
+        Behind a cluster of one block fixed springs keep the hidden width of its largest option.
         """
-        dims: list[BlockDims] = []
-        in_channels = hidden_base = self.separable_channels
-        for i, op in enumerate(arch.operations):
-            cluster = self.clusters[self.block_cluster[i]]
-            out_channels = max(cluster.channels) if self.is_spring(i) else op.channels
-            dims.append(
-                BlockDims(in_channels, op.expansion * hidden_base, out_channels, op.kernel, self.block_stride(i))
-            )
-            in_channels = out_channels
-            hidden_base = max(cluster.channels) if cluster.blocks == 1 else out_channels
-        return tuple(dims)
+        before = self.clusters[self.block_cluster[block - 1]] if block and self.is_first(block) else None
+        one_block = before is not None and before.blocks == 1 and self.springs == "fixed"
+        return max(before.channels) if before is not None and one_block else inputs
 
-    def released_dims(self, arch: Arch) -> tuple[BlockDims, ...]:
-        """The blocks of the released network: an ordinary MobileNetV2-style stack of the selected widths."""
-        dims: list[BlockDims] = []
-        in_channels = self.separable_channels
+    def supernet_plan(self, block: int, inputs: int, operation: Operation) -> Plan:
+        """The slice of a block that the supernet uses for an operation behind `inputs` channels."""
+        base = self.expansion_base(block, inputs)
+        return self._plan(block, inputs, base, self.supernet_width(block, operation), operation)
+
+    def supernet_plans(self, arch: Arch) -> tuple[Plan, ...]:
+        """The slice of every searched block that the supernet uses for an architecture.
+
+        A cluster of one block puts out the selected channels, and the block that follows reads only these.
+        """
+        inputs = self.entry_channels
+        plans: list[Plan] = []
         for i, op in enumerate(arch.operations):
-            dims.append(
-                BlockDims(in_channels, op.expansion * in_channels, op.channels, op.kernel, self.block_stride(i))
-            )
-            in_channels = op.channels
-        return tuple(dims)
+            plans.append(self.supernet_plan(i, inputs, op))
+            inputs = self.supernet_width(i, op)
+        return tuple(plans)
+
+    def input_sizes(self) -> list[int]:
+        """Height of what every searched block reads in pixels, and behind them of what the tail reads."""
+        size = self.resolution
+        for plan in self.stem_plans:
+            size = size_after(size, plan.stride)
+        sizes = [size]
+        for i in range(self.num_blocks):
+            sizes.append(size_after(sizes[-1], self.block_stride(i)))
+        return sizes
 
     # ---- files
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the table without the live operations: equal when weights of one fit the other."""
-        table = self.to_json()
-        del table["live"]
-        return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+        return _digest({name: value for name, value in self._hashed.items() if name != "live"})
+
+    @cached_property
+    def live_fingerprint(self) -> str:
+        """A hash of the table and the live operations."""
+        return _digest(self._hashed)
+
+    @property
+    def _hashed(self) -> dict[str, Any]:
+        """What is hashed: the form that files had before rows, where it can be, since they hold such hashes."""
+        from bsnas.engine.space.mobile import mobile_form
+
+        return mobile_form(self) or self.to_json()
 
     def to_json(self) -> dict[str, Any]:
-        table = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("clusters", "live")}
-        table["clusters"] = [
-            {name: getattr(cluster, name) for name in cluster.__dataclass_fields__} for cluster in self.clusters
-        ]
-        table["live"] = [[str(op) for op in ops] for ops in self.live]
-        return json.loads(json.dumps(table))
+        data = {name: getattr(self, name) for name in ("springs", "resolution", "input_channels", "classes")}
+        data["table"] = [asdict(cluster) for cluster in self.table]
+        data["live"] = [[str(op) for op in ops] for ops in self.live]
+        return json.loads(json.dumps(data))
 
     @classmethod
-    def from_json(cls, table: Any) -> "Space":
-        """The space that `to_json` wrote. Raises `UserError` when the data is none."""
+    def from_json(cls, data: Any) -> "Space":
+        """The space that `to_json` wrote, also before there were rows. Raises `UserError` when the data is none."""
+        from bsnas.engine.space.mobile import of_mobile_form
+
         try:
-            fields = dict(table)
-            clusters = tuple(Cluster(**_with_tuples(cluster)) for cluster in fields.pop("clusters"))
-            live = tuple(tuple(Operation.parse(op) for op in ops) for ops in fields.pop("live"))
-            return cls(clusters=clusters, live=live, **fields)
+            given = dict(data)
+            live = tuple(tuple(Operation.parse(op) for op in ops) for ops in given.pop("live"))
+            if "table" not in given:
+                return of_mobile_form(given, live)
+            table = tuple(
+                Cluster(channels=tuple(channels), rows=tuple(Row(**_with_tuples(row)) for row in rows))
+                for channels, rows in (_only(cluster, "channels", "rows") for cluster in given.pop("table"))
+            )
+            return cls(table=table, live=live, **given)
         except UserError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"this is not a search space: {error}; give a file that this program wrote") from None
 
 
+def _fixed_plans(clusters: Sequence[Cluster], inputs: int) -> Iterator[Plan]:
+    """The blocks of clusters without a choice, the first of which reads `inputs` channels."""
+    for cluster in clusters:
+        (channels,) = cluster.channels
+        for row, stride in cluster.places:
+            yield row.plan(row.choices[0], inputs, channels, channels, inputs, stride)
+            inputs = channels
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 def _with_tuples(fields: Any) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def _only(data: Any, *names: str) -> list[Any]:
+    """The values of exactly these entries. Raises ValueError when there are others or one is missing."""
+    if data.keys() != set(names):
+        raise ValueError(f"an entry has {', '.join(data)} where {' and '.join(names)} belong")
+    return [data[name] for name in names]

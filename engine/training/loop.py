@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bsnas.engine.checkpoints.checkpoint import CheckpointWriter, read_state
 from bsnas.engine.checkpoints.manifest import Manifest, Progress
+from bsnas.engine.checkpoints.old_names import with_present_order
 from bsnas.engine.checkpoints.tensor_file import load_weights, take, take_numbers
 from bsnas.engine.config import DataConfig, OptimizerConfig, Precision, SafetyConfig
 from bsnas.engine.data.file_list import FileList
@@ -295,9 +296,11 @@ class Training(ABC):
         if found is None:
             self.wrap(self.new_network())
             return 0
-        content = read_state(found.file)
+        content: Mapping[str, Any] = read_state(found.file)
         self.progress = replace(found.manifest.progress)
         self.wrap(self.network_of(content, found.file))
+        weights = next(name for name, part in self.parts().items() if isinstance(part, Weights))
+        content = with_present_order(content, weights, (name for name, _ in self.network.named_parameters()))
         for name, part in self.parts().items():
             part.load_state(content, name, found.file)
         if not found.manifest.whole_epoch:

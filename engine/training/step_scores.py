@@ -6,7 +6,7 @@ from typing import Any
 
 from bsnas.engine.evaluation.early_decisions import Quotas
 from bsnas.engine.evaluation.evaluator import Evaluator
-from bsnas.engine.space.space import Arch
+from bsnas.engine.space.arch import Arch
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.precision import default_precision
 from bsnas.engine.networks.supernet import Supernet, crop_to
 from bsnas.engine.runs.rundir import RunDir, write_json
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.sampling import fair_archs, fair_round, uniform_arch, uniform_round
 from bsnas.engine.space.shrink import importance, importance_to_json, shrink
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Space
 from bsnas.engine.training.loop import Numbers, Part, Step, Training, Weights
 from bsnas.engine.training.step_scores import score_thirds
 from bsnas.kernels import graphs

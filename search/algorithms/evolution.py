@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.space.space import Arch
+from bsnas.engine.space.arch import Arch
 from bsnas.search.algorithms.problem import Problem
 from bsnas.search.algorithms.sampler import Sampler
 from bsnas.search.algorithms.variation import crossover, mutate

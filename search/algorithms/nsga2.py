@@ -13,7 +13,7 @@ from pymoo.indicators.hv import HV
 from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
-from bsnas.engine.space.space import Arch
+from bsnas.engine.space.arch import Arch
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, new_ones
 from bsnas.search.algorithms.limits import Ranges
 from bsnas.search.algorithms.sampler import Sampler

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import Cost, CostModel
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Space
 from bsnas.search.algorithms.limits import Limit
 
 OBJECTIVES = {"macs": "macs", "params": "params", "memory": "activation_bytes", "latency": "latency_ms"}

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.space.arch import Arch, BlockOp
 from bsnas.engine.space.cost import Cost, Place, links
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.engine.space.space import Arch, BlockOp
 from bsnas.search.algorithms.limits import Limit, check_reachable, unreachable
 from bsnas.search.algorithms.problem import Problem
 
@@ -176,7 +176,7 @@ class Sampler:
 
     def _walk(self, target: Cell, rng: random.Random) -> Arch:
         """An architecture whose steps add up to the target cell, each choice drawn by the mass behind it."""
-        before, rest = self.problem.space.separable_channels, target
+        before, rest = self.problem.space.entry_channels, target
         channels: list[int] = []
         ops: list[list[BlockOp]] = []
         for i, steps in enumerate(self._steps):
@@ -216,7 +216,7 @@ def counted_from_reference(cost: Cost) -> tuple[float, Terms]:
             costs = {op: cost.block(i, before, channels, op) + after[channels] for op in ops}
             rest.setdefault(before, costs[ops[0]])  # of the first link: the reference's
             terms[0][before, channels] = {op: costs[op] - rest[before] for op in ops}
-    return cost.constant + cost.stem + rest[space.separable_channels], terms
+    return cost.constant + cost.stem + rest[space.entry_channels], terms
 
 
 def _add_shifted(total: Mass, mass: Mass, step: Cell, factor: float) -> None:

@@ -8,7 +8,8 @@ under them is mended.
 import random
 from collections.abc import Sequence
 
-from bsnas.engine.space.space import Arch, BlockOp, Space
+from bsnas.engine.space.arch import Arch, BlockOp
+from bsnas.engine.space.space import Space
 
 
 def crossover(space: Space, parents: Sequence[Arch], rng: random.Random) -> Arch:

@@ -17,9 +17,10 @@ from torch import nn
 
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.release.onnx import Precision
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import fair_archs
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Space
 from bsnas.search.backends import Backend, Model, Session
 from bsnas.search.backends.timing import interleaved_ms
 from bsnas.search.latency_tables.network_parts import Part, PartTable
@@ -74,7 +75,7 @@ class LatencyBench:
 
     def part(self, part: Part) -> Timing:
         """One copy of a part: what four more copies in a stack add, divided by four."""
-        short, long = (self._open(stack(self.space, part, n), part.input_shape) for n in (1, 1 + _COPIES))
+        short, long = (self._open(stack(part, n), part.input_shape) for n in (1, 1 + _COPIES))
         times = self._times([short, long, self._reference], 1, self._max_seconds)
         return _timing((times[:, 1] - times[:, 0]) / _COPIES, times[:, 2])
 

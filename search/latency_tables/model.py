@@ -64,8 +64,8 @@ class LatencyModel:
                 "run search/latency.py again, it measures what is missing"
             )
 
-        def ms(part: Part) -> float:
-            return self.parts[str(part)].ms
+        def ms(part: Part | None) -> float:
+            return 0 if part is None else self.parts[str(part)].ms
 
         return Cost(
             space,

@@ -1,13 +1,15 @@
 """Released networks cut into parts: the stem, the blocks, and the tail with the classifier.
 
-A part's latency depends on its form alone: its widths, kernel, stride and input size. Blocks inside a cluster share
-forms, so Table 1 has about 400 of them. No torch.
+A part's latency depends on its form alone: its plans and its input size. Blocks inside a cluster share forms, so
+Table 1 has about 400 of them. No torch.
 """
 
 from dataclasses import dataclass
 
-from bsnas.engine.space.cost import dims_at, input_sizes, links, places_of
-from bsnas.engine.space.space import Arch, BlockOp, Space
+from bsnas.engine.space.arch import Arch, BlockOp, Operation
+from bsnas.engine.space.cost import links, places_of
+from bsnas.engine.space.plan import Plan
+from bsnas.engine.space.space import Space
 
 
 @dataclass(frozen=True)
@@ -16,20 +18,49 @@ class Part:
 
     kind: str
     """`stem`, `block` or `tail`."""
-    widths: tuple[int, ...]
-    """Channels from input to output."""
-    kernel: int
-    stride: int
+    plans: tuple[Plan, ...]
+    """One after another."""
+    inputs: int
+    """Channels of the input."""
     size: int
     """Input H and W in pixels."""
+    classes: int = 0
+    """Of the classifier behind a tail."""
 
     def __str__(self) -> str:
-        return f"{self.kind} {'-'.join(map(str, self.widths))} k{self.kernel} s{self.stride} {self.size}x{self.size}"
+        layers = [layer for plan in self.plans for layer in plan.layers]
+        widths = [self.inputs, *(layer.outputs for layer in layers if not layer.depthwise)]
+        widths += [self.classes] if self.classes else []
+        kernel = max((layer.kernel for layer in layers), default=1)
+        stride = max((layer.stride for layer in layers), default=1)
+        text = f"{self.kind} {'-'.join(map(str, widths))} k{kernel} s{stride} {self.size}x{self.size}"
+        return text if self._is_mobile else f"{text} ({' / '.join(map(str, self.plans))})"
+
+    @property
+    def _is_mobile(self) -> bool:
+        """Whether its widths, kernel and stride say everything: it stands in Table 1's place of its kind."""
+        layers = [[(la.depthwise, la.kernel > 1, la.activation) for la in plan.layers] for plan in self.plans]
+        spread = (True, True, "relu6")
+        forms = {
+            "stem": [[(False, True, "relu6")], [spread, (False, False, None)]],
+            "block": [[(False, False, "relu6"), spread, (False, False, None)]],
+            "tail": [[(False, False, "relu6")]],
+        }
+        ordinary = all(plan.shortcut in (None, "identity") and not plan.pool for plan in self.plans)
+        kernels = {layer.kernel for plan in self.plans for layer in plan.layers if layer.kernel > 1}
+        strides = [layer.stride for plan in self.plans[1:] for layer in plan.layers]
+        return ordinary and layers == forms[self.kind] and len(kernels) < 2 and set(strides) <= {1}
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """C, H and W."""
-        return self.widths[0], self.size, self.size
+        return self.inputs, self.size, self.size
+
+    @property
+    def repeats(self) -> bool:
+        """Whether its output can be its input."""
+        plan = self.plans[-1]
+        return self.kind == "block" and plan.stride == 1 and self.inputs == plan.layers[-1].outputs
 
 
 class PartTable:
@@ -37,22 +68,21 @@ class PartTable:
 
     def __init__(self, space: Space) -> None:
         self.space = space
-        self._sizes = input_sizes(space)
-        widths = (space.input_channels, space.stem_channels, space.separable_channels)
-        self.stem = Part("stem", widths, 3, space.stem_stride, space.resolution)
+        self._sizes = space.input_sizes()
+        self.stem = Part("stem", space.stem_plans, space.input_channels, space.resolution) if space.stem else None
 
-    def block(self, index: int, before: int, channels: int, op: BlockOp) -> Part:
-        dims = dims_at(self.space, index, before, channels, op)
-        widths = (dims.in_channels, dims.hidden, dims.out_channels)
-        return Part("block", widths, dims.kernel, dims.stride, self._sizes[index])
+    def block(self, index: int, before: int, channels: int, op: BlockOp) -> Part | None:
+        """None where the block is nothing."""
+        plan = self.space.released_plan(index, before, Operation(op, channels))
+        return Part("block", (plan,), before, self._sizes[index]) if plan.layers else None
 
     def tail(self, channels: int) -> Part:
-        return Part("tail", (channels, self.space.tail_channels, self.space.classes), 1, 1, self._sizes[-1])
+        return Part("tail", self.space.tail_plans(channels), channels, self._sizes[-1], self.space.classes)
 
     def parts(self, arch: Arch) -> tuple[Part, ...]:
         """The parts of an architecture in network order."""
         blocks = (self.block(*place) for place in places_of(self.space, arch))
-        return (self.stem, *blocks, self.tail(arch.channels[-1]))
+        return tuple(part for part in (self.stem, *blocks, self.tail(arch.channels[-1])) if part is not None)
 
     def all_parts(self) -> list[Part]:
         """Every form that a live architecture can have, each once, in network order."""
@@ -61,4 +91,4 @@ class PartTable:
             for before, channels in links(space, i):
                 found += [self.block(i, before, channels, op) for op in space.live_block_ops(i, channels)]
         found += map(self.tail, space.live_channels(len(space.clusters) - 1))
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(part for part in found if part is not None))

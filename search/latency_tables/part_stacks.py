@@ -7,38 +7,27 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from bsnas.engine.networks.subnet import InvertedResidual, Subnet
-from bsnas.engine.space.space import Arch, BlockDims, Space
+from bsnas.engine.networks.subnet import PlannedBlock
 from bsnas.search.latency_tables.network_parts import Part
 
 
-def stack(space: Space, part: Part, copies: int) -> nn.Module:
+def stack(part: Part, copies: int) -> nn.Module:
     """A network of copies of a part with random weights: in a row where the shape allows it, else side by side.
 
     In a row is what the network has inside a cluster, shortcut included. Copies side by side read one input and
     are summed, an addition that backends fuse into the last convolution as they do with the shortcut.
     """
-    layers = [_layer(space, part) for _ in range(copies)]
-    in_a_row = part.kind == "block" and part.stride == 1 and part.widths[0] == part.widths[-1]
-    network = nn.Sequential(*layers) if in_a_row else _SideBySide(layers)
+    layers = [_layer(part) for _ in range(copies)]
+    network = nn.Sequential(*layers) if part.repeats else _SideBySide(layers)
     return unit_scale(network if part.kind == "tail" else _Pooled(network))
 
 
-def _layer(space: Space, part: Part) -> nn.Module:
-    if part.kind == "block":
-        inputs, hidden, outputs = part.widths
-        return InvertedResidual(BlockDims(inputs, hidden, outputs, part.kernel, part.stride))
-    channels = [space.live_channels(j)[0] for j in range(len(space.clusters))]
-    if part.kind == "tail":
-        channels[-1] = part.widths[0]
-    ops = [
-        tuple(space.live_block_ops(i, c)[0] for i in blocks)
-        for c, blocks in zip(channels, space.cluster_blocks, strict=True)
-    ]
-    network = Subnet(space, Arch(tuple(channels), tuple(ops)))
-    if part.kind == "stem":
-        return nn.Sequential(network.stem, network.separable)
-    return nn.Sequential(_Pooled(network.tail), network.classifier)
+def _layer(part: Part) -> nn.Module:
+    blocks = [PlannedBlock(plan) for plan in part.plans]
+    if part.kind != "tail":
+        return nn.Sequential(*blocks)
+    features = part.plans[-1].layers[-1].outputs if part.plans else part.inputs
+    return nn.Sequential(_Pooled(nn.Sequential(*blocks)), nn.Linear(features, part.classes))
 
 
 def unit_scale(network: nn.Module) -> nn.Module:

@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Space
 from bsnas.search.reporting.picture import MUTED, Picture, drawing, kernel_color
 
 MOBILENET_V2 = (
@@ -28,8 +29,11 @@ class Bar(NamedTuple):
 
     channels: int
     kernel: int
-    expansion: int
+    """0 where nothing is convolved."""
+    expansion: float
+    """Hidden width over input width."""
     stride: int
+    choice: str
     text: str
 
 
@@ -53,7 +57,7 @@ def architecture_picture(space: Space, arch: Arch, what: str) -> Picture:
         # Small spaces keep a scale of their own, or their bars would be slivers beside 320 channels.
         left.set_xlim(0, 1.02 * (own if widest > 2 * own else widest))
         right.set_xlim(0, 1.02 * widest)
-        kernels = sorted({bar.kernel for bar in (*mine, *theirs)})
+        kernels = sorted({bar.kernel for bar in (*mine, *theirs)} - {0})
         handles: list[Patch | Line2D] = [Patch(color=kernel_color(k), label=f"{k}×{k}") for k in kernels]
         handles.append(Line2D([], [], color=MUTED, ls="--", lw=1, label="stride 2"))
         picture.figure.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=1.2, handlelength=1.3)
@@ -61,10 +65,12 @@ def architecture_picture(space: Space, arch: Arch, what: str) -> Picture:
 
 
 def bars_of(space: Space, arch: Arch) -> list[Bar]:
-    return [
-        Bar(dims.out_channels, op.kernel, op.expansion, dims.stride, f"block {block + 1}: {op} c{dims.out_channels}")
-        for block, (dims, op) in enumerate(zip(space.released_dims(arch), arch.flat_blocks, strict=True))
-    ]
+    bars = []
+    for block, (plan, op) in enumerate(zip(space.released_plans(arch), arch.operations, strict=True)):
+        expansion = plan.hidden / plan.layers[0].inputs if plan.layers else 0
+        text = f"block {block + 1}: {op.block_op} c{op.channels}"
+        bars.append(Bar(op.channels, plan.kernel, expansion, plan.stride, str(op.block_op), text))
+    return bars
 
 
 def mobilenet_bars() -> list[Bar]:
@@ -72,7 +78,7 @@ def mobilenet_bars() -> list[Bar]:
     for blocks, channels, stride, expansion in MOBILENET_V2:
         for index in range(blocks):
             text = f"MobileNetV2 block {len(bars) + 1}: k3t{expansion} c{channels}"
-            bars.append(Bar(channels, 3, expansion, stride if index == 0 else 1, text))
+            bars.append(Bar(channels, 3, expansion, stride if index == 0 else 1, f"k3t{expansion}", text))
     return bars
 
 
@@ -87,9 +93,7 @@ def _draw(picture: Picture, axes: Axes, gid: str, bars: Sequence[Bar], rows: int
         if bar.stride == 2:
             axes.axhline(row - 0.5, color=MUTED, ls="--", lw=1)
     axes.set_ylim(rows - 0.4, -0.6)
-    axes.set_yticks(
-        range(len(bars)), [f"k{bar.kernel}t{bar.expansion}  {bar.channels:>3}" for bar in bars], fontsize=9.5
-    )
+    axes.set_yticks(range(len(bars)), [f"{bar.choice}  {bar.channels:>3}" for bar in bars], fontsize=9.5)
     axes.tick_params(length=0)
     axes.grid(False)
     axes.set_xlabel("channels")

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from matplotlib.axes import Axes
 
 from bsnas.engine.runs.facts import RunFacts, ShrinkStep
-from bsnas.engine.space.space import Operation, Space
+from bsnas.engine.space.arch import Operation
+from bsnas.engine.space.space import Space
 from bsnas.search.reporting.picture import FAINT, GREEN, GRID, MUTED, RED, Picture, drawing
 
 
@@ -86,4 +87,4 @@ def _draw_frame(axes: Axes, full: Space, columns: int) -> None:
 
 
 def _ordered(operations: tuple[Operation, ...]) -> list[Operation]:
-    return sorted(operations, key=lambda op: (op.channels, op.kernel, op.expansion))
+    return sorted(operations, key=lambda op: (op.channels, op.block_op))

@@ -113,12 +113,15 @@ def blocks(run: RunFacts) -> Table:
     arch = run.chosen
     assert arch is not None
     rows = [
-        (number, dims.in_channels, dims.hidden, dims.out_channels, op.kernel, op.expansion, dims.stride, dims.residual)
-        for number, (dims, op) in enumerate(
-            zip(run.space.released_dims(arch), arch.flat_blocks, strict=True), start=1
+        (
+            number, str(op), plan.layers[0].inputs if plan.layers else channels, plan.hidden, channels, plan.kernel,
+            plan.stride, plan.shortcut is not None,
+        )
+        for number, (plan, (op, channels)) in enumerate(
+            zip(run.space.released_plans(arch), arch.operations, strict=True), start=1
         )
     ]  # fmt: skip
-    columns = ("block", "in", "hidden", "out", "kernel", "expansion", "stride", "shortcut")
+    columns = ("block", "choice", "in", "hidden", "out", "kernel", "stride", "shortcut")
     return Table("architecture", "Blocks of the architecture", columns, rows, unfolded=True)
 
 

@@ -10,8 +10,9 @@ import torch
 
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.release.onnx import Precision
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import Cost
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Space
 from bsnas.search.algorithms.evolution import Candidate
 from bsnas.search.algorithms.limits import Limit
 from bsnas.search.algorithms.problem import Problem

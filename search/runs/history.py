@@ -20,7 +20,8 @@ from typing import Any
 from bsnas.engine.host.distributed import Process, on_main
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.rundir import RunDir, read_json, write_json
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.space import Space
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, Generation
 from bsnas.search.algorithms.problem import Problem
 
@@ -51,7 +52,7 @@ class History:
         more: dict[str, Any],
     ) -> "History":
         """`more` is what the request says beside limits and evolution."""
-        live = hashlib.sha256(json.dumps(problem.space.to_json(), sort_keys=True).encode()).hexdigest()
+        live = problem.space.live_fingerprint
         limits = {limit.cost: str(limit) for limit in problem.limits}
         request = {"limits": limits, "evolution": asdict(config), **more}
         return cls(process, run, request, {**scored_by, "space": live}, problem.space)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from bsnas.engine.evaluation.evaluator import Score
-from bsnas.engine.space.space import Arch
+from bsnas.engine.space.arch import Arch
 from bsnas.search.algorithms.evolution import (
     Candidate,
     EvolutionConfig,

@@ -10,7 +10,7 @@ from bsnas.engine.evaluation.early_decisions import Place, Quotas
 from bsnas.engine.evaluation.evaluator import BatchNormMode, Evaluator, Score, weights_fingerprint
 from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import on_main
-from bsnas.engine.space.space import Arch
+from bsnas.engine.space.arch import Arch
 from bsnas.search.algorithms.evolution import EvolutionConfig
 from bsnas.search.algorithms.limits import Limit
 from bsnas.search.algorithms.nsga2 import hypervolume

@@ -18,9 +18,9 @@ from bsnas.benchmarks.study import NAMES, Study, StudyArguments
 from bsnas.engine.data.dataset import open_dataset
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
-from bsnas.engine.presets import digits_space
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
+from bsnas.engine.space.spaces import space_named
 from tests.engine.training.cases import tiny_config, tiny_space
 
 
@@ -44,20 +44,20 @@ def test_the_fashion_mnist_spaces_search_five_clusters_in_all_three_dimensions(p
 
 
 def test_fixed_channels_are_the_middle_ones():
-    space = fixed_channels(digits_space())
+    space = fixed_channels(space_named("digits"))
     assert [c.channels for c in space.clusters] == [(20,), (32,), (48,), (64,)]
     assert space.max_live == 6
 
 
 def test_the_scaled_mobilenet_v2_is_as_wide_as_the_limit_allows():
     limit = 3_000_000
-    space, arch = mobilenet_v2_of(digits_space(), limit)
+    space, arch = mobilenet_v2_of(space_named("digits"), limit)
     assert CostModel(space).macs_and_params(arch)[0] <= limit
-    _, wider_arch = mobilenet_v2_of(digits_space(), 2 * limit)
+    _, wider_arch = mobilenet_v2_of(space_named("digits"), 2 * limit)
     assert all(a > b for a, b in zip(wider_arch.channels, arch.channels, strict=True))
     assert {(op.kernel, op.expansion) for op in arch.flat_blocks} == {(3, 6)}
     with pytest.raises(UserError, match=r"no MobileNetV2 of this depth has at most 1000 MACs; raise --max-macs"):
-        mobilenet_v2_of(digits_space(), 1000)
+        mobilenet_v2_of(space_named("digits"), 1000)
 
 
 def test_pruning_reaches_the_limit_and_the_plain_network_computes_the_same():

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bsnas.engine.space.arch import Arch, BlockOp
+from bsnas.engine.space.mobile import mobile_cluster, mobile_space
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.engine.space.space import Arch, BlockOp, Cluster, Space
+from bsnas.engine.space.space import Space
 
 SHARINGS = ("nested", "channels", "independent")
 
@@ -15,9 +17,9 @@ SHARINGS = ("nested", "channels", "independent")
 def tiny_space(**changes: Any) -> Space:
     table: dict[str, Any] = {
         "clusters": (
-            Cluster(blocks=2, kernels=(3, 5), expansions=(2, 3), channels=(8, 12), stride=2),
-            Cluster(blocks=1, kernels=(3,), expansions=(2,), channels=(16, 24), stride=1),
-            Cluster(blocks=2, kernels=(5,), expansions=(3,), channels=(20, 32), stride=2),
+            mobile_cluster(blocks=2, kernels=(3, 5), expansions=(2, 3), channels=(8, 12), stride=2),
+            mobile_cluster(blocks=1, kernels=(3,), expansions=(2,), channels=(16, 24), stride=1),
+            mobile_cluster(blocks=2, kernels=(5,), expansions=(3,), channels=(20, 32), stride=2),
         ),
         "resolution": 16,
         "classes": 4,
@@ -25,7 +27,7 @@ def tiny_space(**changes: Any) -> Space:
         "separable_channels": 4,
         "tail_channels": 40,
     }
-    return Space(**{**table, **changes})
+    return mobile_space(**{**table, **changes})
 
 
 TINY = tiny_space()

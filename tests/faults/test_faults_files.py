@@ -33,7 +33,8 @@ from bsnas.engine.presets import preset
 from bsnas.engine.release.saved_network import FORMAT, load_network, save_network
 from bsnas.engine.retrain import named_arch
 from bsnas.engine.runs.rundir import MAX_JSON_BYTES, read_json, write_json
-from bsnas.engine.space.space import MOST, MOST_OPERATIONS, Cluster, Space
+from bsnas.engine.space.mobile import mobile_cluster
+from bsnas.engine.space.space import MOST, MOST_OPERATIONS, Space
 from tests.engine.tiny import ARCH, TINY, random_archs, tiny_space
 
 DAMAGES = ("cut off", "bit flipped", "empty", "missing")
@@ -357,7 +358,7 @@ def test_tables_have_sizes_that_fit_in_memory() -> None:
         tiny_space(clusters=(replace(cluster, blocks=600), replace(cluster, blocks=600)))
     many = tuple(range(1, 1000))
     with pytest.raises(UserError, match=rf"a cluster has more than {MOST_OPERATIONS} operations; give fewer options"):
-        Cluster(blocks=1, kernels=(3, 5, 7, 9), expansions=(1, 2, 3), channels=many, stride=1)
+        mobile_cluster(blocks=1, kernels=(3, 5, 7, 9), expansions=(1, 2, 3), channels=many, stride=1)
     with pytest.raises(UserError, match=r"live operations of block 1 must be|operation .* does not parse"):
         Space.from_json({**TINY.to_json(), "live": [["k" + "9" * 5000]]})
 

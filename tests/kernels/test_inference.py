@@ -123,7 +123,7 @@ def test_segment_statistics_and_affine_are_the_norm_in_train_mode():
     nn.init.normal_(norm.weight)
     x = torch.cat([images(4, 6, 3) * 3 + 5, images(4, 6, 3)]).contiguous(memory_format=torch.channels_last)
     mean, var = segment_statistics(x, 2)
-    y = segment_affine_(x.clone(), *scale_and_shift(norm, mean, var), relu6=False)
+    y = segment_affine_(x.clone(), *scale_and_shift(norm, mean, var), activation=None)
     torch.testing.assert_close(y, torch.cat([norm(x[:4]), norm(x[4:])]), atol=1e-5, rtol=1e-5)
 
 

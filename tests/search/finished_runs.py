@@ -10,10 +10,13 @@ from bsnas.engine.config import OptimizerConfig, RunConfig, ShrinkConfig, to_jso
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.runs.facts import Row
 from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.mobile import mobile_cluster, mobile_space
 from bsnas.engine.space.sampling import fair_archs, uniform_arch
 from bsnas.engine.space.shrink import importance, importance_to_json, shrink
-from bsnas.engine.space.space import Arch, Cluster, Space
+from bsnas.engine.space.space import Space
+from bsnas.engine.space.table import Cluster
 from bsnas.search.latency_tables.model import LatencyModel, PartCost
 from bsnas.search.latency_tables.network_parts import PartTable
 from bsnas.search.latency_tables.timings import LatencyContext
@@ -39,9 +42,9 @@ def small_space() -> Space:
     """Three clusters; one of a single block, with another number of channel options."""
 
     def cluster(blocks: int, channels: tuple[int, ...], stride: int) -> Cluster:
-        return Cluster(blocks=blocks, kernels=(3, 5), expansions=(2, 4), channels=channels, stride=stride)
+        return mobile_cluster(blocks=blocks, kernels=(3, 5), expansions=(2, 4), channels=channels, stride=stride)
 
-    return Space(
+    return mobile_space(
         resolution=16, classes=10, stem_channels=8, separable_channels=4, tail_channels=32,
         clusters=(cluster(2, (8, 12, 16), 2), cluster(2, (16, 24), 2), cluster(1, (24, 32, 40), 1)),
     )  # fmt: skip

@@ -12,20 +12,21 @@ from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.presets import preset
 from bsnas.engine.runs.rundir import RunDir
-from bsnas.engine.space.space import Cluster, Space
+from bsnas.engine.space.mobile import mobile_cluster, mobile_space
+from bsnas.engine.space.space import Space
 
 
 def small_space() -> Space:
     """Four blocks at 16x16; 5184 architectures of 19 to 61 thousand MACs."""
-    return Space(
+    return mobile_space(
         resolution=16,
         classes=10,
         stem_channels=4,
         separable_channels=4,
         tail_channels=16,
         clusters=(
-            Cluster(blocks=2, kernels=(3, 5), expansions=(2, 3), channels=(4, 6, 8), stride=2),
-            Cluster(blocks=2, kernels=(3, 5, 7), expansions=(2, 3), channels=(8, 12, 16), stride=2),
+            mobile_cluster(blocks=2, kernels=(3, 5), expansions=(2, 3), channels=(4, 6, 8), stride=2),
+            mobile_cluster(blocks=2, kernels=(3, 5, 7), expansions=(2, 3), channels=(8, 12, 16), stride=2),
         ),
     )
 

@@ -3,7 +3,9 @@
 import itertools
 import random
 
-from bsnas.engine.space.space import Arch, Cluster, Space
+from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.mobile import mobile_cluster, mobile_space
+from bsnas.engine.space.space import Space
 
 
 def random_space(rng: random.Random, *, max_architectures: int = 4000) -> Space:
@@ -17,7 +19,7 @@ def random_space(rng: random.Random, *, max_architectures: int = 4000) -> Space:
 
 def _random_space(rng: random.Random, num_clusters: int) -> Space:
     clusters = tuple(
-        Cluster(
+        mobile_cluster(
             blocks=rng.randint(1, 2),
             kernels=tuple(rng.sample((3, 5, 7), rng.randint(1, 2))),
             expansions=tuple(rng.sample((2, 3, 6), rng.randint(1, 2))),
@@ -26,7 +28,9 @@ def _random_space(rng: random.Random, num_clusters: int) -> Space:
         )
         for _ in range(num_clusters)
     )
-    space = Space(clusters=clusters, resolution=16, classes=4, stem_channels=4, separable_channels=4, tail_channels=16)
+    space = mobile_space(
+        clusters=clusters, resolution=16, classes=4, stem_channels=4, separable_channels=4, tail_channels=16
+    )
     live = []
     for j, blocks in enumerate(space.cluster_blocks):
         kept = rng.sample(space.live_channels(j), rng.randint(1, len(space.live_channels(j))))

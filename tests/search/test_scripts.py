@@ -21,8 +21,8 @@ from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.release.released import inherited, retrained
 from bsnas.engine.release.saved_network import save_network
 from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
-from bsnas.engine.space.space import Arch
 from bsnas.search.algorithms.evolution import EvolutionConfig
 from bsnas.search.algorithms.limits import Limit
 from bsnas.search.evolve import EvolveArguments

@@ -21,7 +21,8 @@ from bsnas.engine.config import RunConfig, from_json, to_json
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.retrain import named_arch
 from bsnas.engine.runs.rundir import read_json
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.space import Space
 
 SETTINGS = settings(database=None, deadline=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
 ODD_VALUES: tuple[Any, ...] = (

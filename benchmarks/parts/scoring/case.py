@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from bsnas.engine.evaluation.images import visiting_order
 from bsnas.engine.networks.supernet import Supernet
-from bsnas.engine.presets import imagenet_space
 from bsnas.engine.space.sampling import fair_round
 from bsnas.engine.space.space import Space
+from bsnas.engine.space.spaces import space_named
 
 TRAINING_IMAGES = 6000
 BATCH = 32
@@ -65,7 +65,7 @@ def load_images(start: int, stop: int, resolution: int) -> ImageArrays:
 
 
 def full_space(resolution: int) -> Space:
-    return replace(imagenet_space(classes=10), resolution=resolution, live=())
+    return replace(space_named("imagenet"), classes=10, resolution=resolution)
 
 
 def shrunk_space(space: Space, operations: int = 3) -> Space:

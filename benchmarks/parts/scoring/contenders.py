@@ -5,7 +5,6 @@ a supernet would only make them slower).
 """
 
 import copy
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,41 +12,52 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bsnas.benchmarks.parts.scoring.case import ImageArrays
-from bsnas.engine.evaluation.folded import sliced_weights
+from bsnas.engine.evaluation.folded import plan_of, sliced_weights
 from bsnas.engine.evaluation.images import visiting_order
-from bsnas.engine.networks.supernet import Supernet
-from bsnas.engine.space.space import Arch
-from bsnas.kernels import BlockShape
+from bsnas.engine.networks.supernet import Supernet, classify
+from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.plan import Conv
+from bsnas.kernels import Block
+from bsnas.kernels.plan import LayerPlan, run
 
 BATCH = 64
 
 
 class EagerBlock(nn.Module):
-    """An inverted residual block of standard modules; without `expand` a depthwise-separable one."""
+    """A block of standard modules, its convolutions with copies of what they use."""
 
-    def __init__(self, weights: Sequence[Tensor | None], norms: Sequence[nn.Module | None], shape: BlockShape) -> None:
+    def __init__(self, block: Block) -> None:
         super().__init__()
-        self.residual = shape.residual
-        layers: list[nn.Module] = []
-        for weight, norm in zip(weights, norms, strict=True):
-            if weight is None or norm is None:
-                continue
-            depthwise = weight.dim() == 4
-            conv = _conv(weight if depthwise else weight[:, :, None, None], shape.stride if depthwise else 1, depthwise)
-            layers += [conv, copy.deepcopy(norm), nn.ReLU6(inplace=True)]
-        self.layers = nn.Sequential(*layers[:-1])
+        self.plan = plan_of(block)
+        parts = zip(self.plan.convs, sliced_weights(block), block.norms, strict=True)
+        after_sum = self.plan.layers[-1] if self.plan.shortcut and self.plan.layers else None
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                _conv(layer, weight), copy.deepcopy(norm),
+                nn.Identity() if layer is after_sum else _activation(layer.activation),
+            )
+            for layer, weight, norm in parts
+        )  # fmt: skip
+        self.activation = _activation(after_sum.activation if after_sum else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.layers(x)
-        return x + y if self.residual else y
+        def layer(index: int, each: LayerPlan, y: Tensor, residual: Tensor | None) -> Tensor:
+            y = self.layers[index](y)
+            return y if residual is None else self.activation(residual + y)
+
+        return run(self.plan, x, layer)
 
 
-def _conv(weight: Tensor, stride: int, depthwise: bool) -> nn.Conv2d:
-    out_channels, in_channels, kernel, _ = weight.shape
-    groups = out_channels if depthwise else 1
+def _activation(name: str | None) -> nn.Module:
+    return {None: nn.Identity(), "relu6": nn.ReLU6(inplace=True), "relu": nn.ReLU(inplace=True)}[name]
+
+
+def _conv(layer: Conv, weight: Tensor) -> nn.Conv2d:
     conv = nn.Conv2d(
-        in_channels * groups, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False, device="meta"
-    )
+        layer.inputs, layer.outputs, layer.kernel, layer.stride, layer.kernel // 2,
+        groups=layer.inputs if layer.depthwise else 1, bias=False, device="meta",
+    )  # fmt: skip
+    weight = weight[:, :, None, None] if weight.dim() == 2 else weight
     conv.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
     return conv
 
@@ -57,26 +67,11 @@ class EagerPath(nn.Module):
 
     def __init__(self, supernet: Supernet, arch: Arch) -> None:
         super().__init__()
-        shape = supernet.separable_shape
-        blocks = [EagerBlock(sliced_weights(supernet.separable_weights, shape), supernet.separable_norms, shape)]
-        shapes = supernet.block_shapes(arch)
-        for i, (op, shape) in enumerate(zip(arch.operations, shapes, strict=True)):
-            weights = sliced_weights(supernet.block_weights(i, op), shape)
-            blocks.append(EagerBlock(weights, supernet.block_norms(i, op), shape))
-        width = shapes[-1].out_channels
-        self.layers = nn.Sequential(
-            _conv(supernet.stem_conv.weight, supernet.space.stem_stride, depthwise=False),
-            copy.deepcopy(supernet.stem_bn),
-            nn.ReLU6(inplace=True),
-            *blocks,
-            _conv(supernet.tail_weight[:, :width, None, None], 1, depthwise=False),
-            copy.deepcopy(supernet.tail_norm(width)),
-            nn.ReLU6(inplace=True),
-        )
+        self.layers = nn.Sequential(*map(EagerBlock, supernet.path_blocks(arch)))
         self.classifier = copy.deepcopy(supernet.classifier)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.layers(x).mean((2, 3)))
+        return classify(self.layers(x), self.classifier.weight, self.classifier.bias)
 
 
 class TransformedImages(Dataset):

@@ -30,9 +30,9 @@ from bsnas.engine.evaluation.evaluator import Evaluator, Score
 from bsnas.engine.evaluation.recalibration import recalibration_batch
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.networks.supernet import Supernet
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.sampling import fair_archs
 from bsnas.engine.space.shrink import importance, shrink
-from bsnas.engine.space.space import Arch
 
 TIE = 1e-4
 """Logits closer than this may swap places when sums are rounded differently."""

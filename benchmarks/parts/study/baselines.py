@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,8 +13,10 @@ from bsnas.benchmarks.parts.study.trained_alone import TrainedAlone
 from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
+from bsnas.engine.space.arch import Arch, BlockOp
 from bsnas.engine.space.cost import CostModel
-from bsnas.engine.space.space import Arch, BlockOp, Cluster, Space
+from bsnas.engine.space.mobile import mobile_cluster
+from bsnas.engine.space.space import Space
 from bsnas.search.algorithms.limits import Limit
 from bsnas.search.algorithms.problem import Problem
 from bsnas.search.algorithms.sampler import Sampler
@@ -119,11 +121,11 @@ def mobilenet_v2_of(space: Space, max_macs: float) -> tuple[Space, Arch]:
 
 def _mobilenet_v2(space: Space, channels: Sequence[int]) -> tuple[Space, Arch]:
     clusters = tuple(
-        Cluster(blocks=c.blocks, kernels=(3,), expansions=(6,), channels=(width,), stride=c.stride)
+        mobile_cluster(blocks=c.blocks, kernels=(3,), expansions=(6,), channels=(width,), stride=c.rows[0].stride)
         for c, width in zip(space.clusters, channels, strict=True)
     )
     arch = Arch(tuple(channels), tuple((BlockOp(3, 6),) * c.blocks for c in space.clusters))
-    return replace(space, clusters=clusters, live=()), arch
+    return space.with_clusters(clusters), arch
 
 
 # ---- pruning
@@ -133,7 +135,7 @@ def largest_arch(space: Space) -> Arch:
     """Every dimension at its maximum."""
     return Arch(
         tuple(max(c.channels) for c in space.clusters),
-        tuple((BlockOp(max(c.kernels), max(c.expansions)),) * c.blocks for c in space.clusters),
+        tuple(tuple(max(row.choices) for row, _ in c.places) for c in space.clusters),
     )
 
 
@@ -181,12 +183,9 @@ class Plain(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """images [N, channels, H, W] -> logits [N, classes]"""
-        network: Any = self.network
-        x = network.stem(x)
-        for block in (network.separable, *network.blocks):
-            y = block.project(block.depthwise(block.expand(x)))
-            x = x + y if block.residual else y
-        return network.classifier(network.tail(x).mean((2, 3)))
+        for block in self.network.parts:
+            x = block.run(x)
+        return self.network.classifier(x.mean((2, 3)))
 
 
 def count_macs(network: nn.Module, example: torch.Tensor) -> int:

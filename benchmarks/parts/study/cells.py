@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bsnas.engine.config import RunConfig, SamplingConfig, ShrinkConfig
-from bsnas.engine.presets import preset, searched_cluster
+from bsnas.engine.presets import preset
+from bsnas.engine.space.mobile import mobile_cluster, mobile_space
 from bsnas.engine.space.space import Space
 
 StudyPreset = Literal["digits", "fashion-mnist", "fashion-mnist-wide"]
@@ -45,27 +46,33 @@ def base_config(name: StudyPreset, epochs: int | None, retrain_epochs: int | Non
     )
 
 
-def light_space(space: Space) -> Space:
+def light_space(_: Space) -> Space:
     """Eight blocks in five clusters for 32x32 images, all dimensions searched; two fifths of the preset's MACs."""
     channels = ((16, 20, 24), (24, 32, 40), (40, 48, 56), (56, 64, 80), (80, 96, 112))
-    return _five_clusters(replace(space, tail_channels=256), channels)
+    return _five_clusters(channels, stem_channels=16, tail_channels=256)
 
 
-def wide_space(space: Space) -> Space:
+def wide_space(_: Space) -> Space:
     """`light_space` whose widest channels are three to four times the narrowest, not one and a half times.
 
     A seventh of the preset's MACs: size matters more to accuracy, and trainings are short.
     """
     channels = ((4, 8, 16), (8, 12, 24), (12, 24, 40), (16, 32, 56), (24, 48, 80))
-    return _five_clusters(replace(space, stem_channels=8, tail_channels=128), channels)
+    return _five_clusters(channels, stem_channels=8, tail_channels=128)
 
 
-def _five_clusters(space: Space, channels: Sequence[tuple[int, ...]]) -> Space:
-    """A space with the depth and strides of the study, and these options of channels in each cluster."""
+def _five_clusters(channels: Sequence[tuple[int, ...]], *, stem_channels: int, tail_channels: int) -> Space:
+    """A space for Fashion-MNIST of the study's depth and strides, with these options of channels in each cluster."""
     depth_and_stride = ((1, 2), (2, 1), (2, 2), (2, 1), (1, 1))
     pairs = zip(depth_and_stride, channels, strict=True)
-    clusters = tuple(searched_cluster(blocks, options, stride) for (blocks, stride), options in pairs)
-    return replace(space, clusters=clusters, live=())
+    clusters = [
+        mobile_cluster(blocks=blocks, kernels=(3, 5, 7), expansions=(3, 6), channels=options, stride=stride)
+        for (blocks, stride), options in pairs
+    ]
+    return mobile_space(
+        clusters=clusters, resolution=32, classes=10, stem_channels=stem_channels, separable_channels=8,
+        tail_channels=tail_channels,
+    )  # fmt: skip
 
 
 _SCALES: dict[StudyPreset, tuple[str, Callable[[Space], Space], int, int]] = {
@@ -78,8 +85,9 @@ _SCALES: dict[StudyPreset, tuple[str, Callable[[Space], Space], int, int]] = {
 
 def fixed_channels(space: Space) -> Space:
     """The space with the middle channel number of every cluster only."""
-    clusters = tuple(replace(c, channels=(sorted(c.channels)[len(c.channels) // 2],)) for c in space.clusters)
-    return replace(space, clusters=clusters, live=())
+    return space.with_clusters(
+        [replace(c, channels=(sorted(c.channels)[len(c.channels) // 2],)) for c in space.clusters]
+    )
 
 
 def _shrinking(keep: tuple[int, ...], first_share: float) -> Callable[[RunConfig], RunConfig]:

@@ -11,8 +11,9 @@ from bsnas.engine.evaluation.evaluator import BatchNormMode
 from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.facts import RunFacts
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Space
 from bsnas.search.algorithms.evolution import EvolutionConfig
 from bsnas.search.algorithms.limits import Limit
 from bsnas.search.algorithms.problem import Problem

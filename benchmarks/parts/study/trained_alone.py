@@ -18,7 +18,8 @@ from bsnas.engine.data.loading.evaluation_set import EvaluationSet, evaluation_s
 from bsnas.engine.host.distributed import Process, entered_by_main, on_main
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.runs.rundir import NetworkDir, read_json, write_json
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.space import Space
 from bsnas.engine.training.network import NetworkTraining, measure_accuracy
 
 _SETTINGS = ("epochs", "learning_rate", "batch_size")

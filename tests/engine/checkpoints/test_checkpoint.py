@@ -12,7 +12,7 @@ from bsnas.engine.checkpoints.keep import latest_checkpoint, newest_checkpoint, 
 from bsnas.engine.checkpoints.manifest import FORMAT, Manifest, Progress
 from bsnas.engine.host.errors import MachineError, UserError
 from bsnas.engine.networks.supernet import Supernet
-from bsnas.engine.presets import digits_space
+from bsnas.engine.space.spaces import space_named
 from tests.engine.tiny import TINY
 
 PROGRESS = Progress(epoch=3, rounds=20, passes=160, batches=161, shrink_steps=1)
@@ -158,7 +158,7 @@ def test_another_format_is_refused(tmp_path, content):
 def test_another_spaces_checkpoint_is_refused(tmp_path):
     file = save(tmp_path)
     with pytest.raises(UserError, match=r"another search space than the run's: .*; use the run's own files"):
-        load_checkpoint(file, digits_space())
+        load_checkpoint(file, space_named("digits"))
 
 
 def test_a_checkpoint_without_its_parts_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from bsnas.engine.data.loading.loader import TrainLoader
 from bsnas.engine.data.preparing.formats.archives import regular_members
 from bsnas.engine.data.preparing.formats.tfrecord import parse_example
 from bsnas.engine.host.errors import MachineError
-from bsnas.engine.presets import digits_space
+from bsnas.engine.space.spaces import space_named
 from tests import ROOT
 from tests.engine.data.cases import folder_config, write_image_folder
 from tests.engine.data.source_cases import add, error_of, example, write_imagenet
@@ -265,7 +265,7 @@ def test_channels_of_data_and_space_must_agree():
     from bsnas.engine.data.dataset import DataConfig
 
     data = DataConfig(channels=1, mean=(0.5,), std=(0.5,))
-    assert error_of(RunConfig, preset="x", space=digits_space(), data=data) == (
+    assert error_of(RunConfig, preset="x", space=space_named("digits"), data=data) == (
         "data channels 1 and input channels 3 of the space differ; set both to the same"
     )
 

@@ -10,17 +10,20 @@ from torch import Tensor, nn
 
 from bsnas.engine.evaluation.images import visiting_order
 from bsnas.engine.networks.supernet import Supernet
+from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.mobile import mobile_cluster, mobile_space
 from bsnas.engine.space.sampling import fair_archs
-from bsnas.engine.space.space import Arch, Cluster, Sharing, Space
+from bsnas.engine.space.space import Sharing, Space
+from bsnas.engine.space.table import Cluster
 
 
 def small_space(*, classes: int = 7, resolution: int = 16) -> Space:
     """Four clusters, among them one-block clusters in the middle and at the end."""
 
     def cluster(blocks: int, channels: tuple[int, ...], stride: int) -> Cluster:
-        return Cluster(blocks=blocks, kernels=(3, 5), expansions=(2, 3), channels=channels, stride=stride)
+        return mobile_cluster(blocks=blocks, kernels=(3, 5), expansions=(2, 3), channels=channels, stride=stride)
 
-    return Space(
+    return mobile_space(
         clusters=(
             cluster(2, (8, 12), 2),
             cluster(1, (12, 16, 24), 1),

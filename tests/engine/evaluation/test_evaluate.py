@@ -21,8 +21,9 @@ from bsnas.engine.evaluation.tree import PrefixTree
 from bsnas.engine.evaluation.walk import Walker
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.sampling import fair_archs
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Space
 from bsnas.kernels import graphs
 from tests.engine.evaluation.cases import (
     counts,

@@ -84,7 +84,7 @@ def test_weights_that_change_are_noticed(tmp_path, counted):
     supernet = trained_like_supernet(small_space())
     evaluator = Evaluator(supernet, random_images(20), store=tmp_path / "evaluations.sqlite")
     before = evaluator.evaluate(ARCHS[:3])
-    supernet.tail_weight.data.mul_(1.5)
+    supernet.classifier.weight.data.mul_(1.5)
     counted.clear()
     assert evaluator.evaluate(ARCHS[:3]) != before
     assert counted != []

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsnas.engine.evaluation.tree import PrefixTree
-from bsnas.engine.presets import imagenet_space
 from bsnas.engine.space.sampling import uniform_arch
+from bsnas.engine.space.spaces import space_named
 from tests.engine.evaluation.cases import shrunk_space, small_space
 
-SPACES = [small_space(), shrunk_space(small_space()), imagenet_space()]
+SPACES = [small_space(), shrunk_space(small_space()), space_named("imagenet")]
 
 
 @settings(deadline=None, max_examples=40)
@@ -24,9 +24,10 @@ def test_every_path_from_a_leaf_is_its_architecture(space, count, seed):
         assert len(level) == len({arch.operations[: i + 1] for arch in archs})
     for leaf, position in enumerate(tree.leaves):
         arch, node = archs[position], leaf
-        dims = space.supernet_dims(arch)
+        plans = space.supernet_plans(arch)
         for i in reversed(range(space.num_blocks)):
-            assert tree.levels[i].steps[node] == (arch.operations[i], dims[i])
+            step = tree.levels[i].steps[node]
+            assert (step.operation, step.plan) == (arch.operations[i], plans[i])
             node = tree.levels[i].parents[node]
     assert sorted(tree.leaves) == list(range(len(archs)))
 
@@ -47,7 +48,7 @@ def test_children_are_ranges_and_positions_count_nodes_of_a_step(space, count, s
 
 @pytest.mark.parametrize(("resolution", "sizes"), [(224, (56, 28, 14, 7)), (64, (16, 8, 4, 2)), (33, (9, 5, 3, 2))])
 def test_output_sizes_round_up(resolution, sizes):
-    space = imagenet_space()
+    space = space_named("imagenet")
     tree = PrefixTree(space, [uniform_arch(space, random.Random(0))], resolution)
     assert tuple(tree.levels[i].out_size for i in (0, 2, 6, 18)) == sizes
     assert [level.in_size for level in tree.levels[1:]] == [level.out_size for level in tree.levels[:-1]]

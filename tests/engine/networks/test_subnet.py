@@ -11,9 +11,10 @@ from torchvision.models import mobilenet_v2
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet, release
 from bsnas.engine.networks.supernet import Supernet
-from bsnas.engine.presets import mobilenet_v2_space
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Space
+from bsnas.engine.space.spaces import space_named
 from tests.engine.evaluation.cases import small_space, trained_like_supernet
 from tests.engine.tiny import SHARINGS, TINY, images, random_archs
 
@@ -38,7 +39,7 @@ def test_torchvisions_mobilenet_v2_gives_the_same_outputs(training):
             module.running_mean.normal_(std=0.3)
             module.running_var.uniform_(0.5, 1.5)
     nn.init.normal_(theirs.classifier[1].weight, std=0.03)
-    ours = Subnet(mobilenet_v2_space(), MOBILENET_V2)
+    ours = Subnet(space_named("mobilenet-v2"), MOBILENET_V2)
     for mine, yours in zip(layers(ours), layers(theirs), strict=True):
         assert type(mine) is type(yours)
         mine.load_state_dict(yours.state_dict())
@@ -70,8 +71,8 @@ def test_the_released_network_is_made_of_the_architecture():
         (20, 60, 1, 1, 1), (60, 60, 5, 1, 60), (60, 20, 1, 1, 1),
         (20, 40, 1, 1, 1),
     ]  # fmt: skip
-    assert [block.residual for block in subnet.blocks] == [False, True, False, False, True]
-    assert not subnet.separable.residual
+    shortcuts = [part.plan.shortcut for part in subnet.parts]
+    assert shortcuts == [None, None, None, "identity", None, None, "identity", None]
 
 
 def test_an_architecture_outside_the_space():
@@ -129,14 +130,15 @@ def test_every_architecture_inherits_slices_and_runs(sharing):
         subnet = release(supernet, arch).eval()
         assert subnet(images(TINY)).isfinite().all()
         for i, (op, block) in enumerate(zip(arch.operations, subnet.blocks, strict=True)):
-            weights, norms = supernet.block_weights(i, op), supernet.block_norms(i, op)
+            _, weights, norms = supernet.path_blocks(arch)[2 + i]
+            kernel = op.block_op.kernel
             hidden, in_channels = block.expand[0].weight.shape[:2]
             out_channels = block.project[0].weight.shape[0]
-            cut = (weights.depthwise.shape[-1] - op.kernel) // 2
-            centre = weights.depthwise[:hidden, :, cut:, cut:][:, :, : op.kernel, : op.kernel]
-            assert torch.equal(block.expand[0].weight[:, :, 0, 0], weights.expand[:hidden, :in_channels])
+            cut = (weights["depthwise"].shape[-1] - kernel) // 2
+            centre = weights["depthwise"][:hidden, :, cut:, cut:][:, :, : kernel, : kernel]
+            assert torch.equal(block.expand[0].weight[:, :, 0, 0], weights["expand"][:hidden, :in_channels])
             assert torch.equal(block.depthwise[0].weight, centre)
-            assert torch.equal(block.project[0].weight[:, :, 0, 0], weights.project[:out_channels, :hidden])
+            assert torch.equal(block.project[0].weight[:, :, 0, 0], weights["project"][:out_channels, :hidden])
             assert torch.equal(block.depthwise[1].running_var, norms[1].running_var[:hidden])
             assert torch.equal(block.project[1].bias, norms[2].bias[:out_channels])
         assert torch.equal(subnet.classifier.weight, supernet.classifier.weight)

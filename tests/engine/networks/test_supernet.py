@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet, release
 from bsnas.engine.networks.supernet import Supernet
-from bsnas.engine.presets import digits_space
+from bsnas.engine.space.arch import Arch, BlockOp, Operation
 from bsnas.engine.space.sampling import fair_round, uniform_arch
 from bsnas.engine.space.shrink import importance, shrink
-from bsnas.engine.space.space import Arch, Operation
-from bsnas.kernels import choose_backend
+from bsnas.engine.space.spaces import space_named
+from bsnas.kernels import Block, choose_backend, run_blocks
 from tests.engine.evaluation.cases import trained_like_supernet
 from tests.engine.space.strategies import shrunk_at_random
 from tests.engine.tiny import ARCH, SHARINGS, TINY, images, random_archs, tiny_space
@@ -34,25 +34,27 @@ def plain_path(supernet: Supernet, x: Tensor, arch: Arch) -> Tensor:
         return F.batch_norm(x, bn.running_mean.clone(), bn.running_var.clone(), bn.weight, bn.bias, bn.training)
 
     space = supernet.space
-    x = F.relu6(norm(F.conv2d(x, supernet.stem_conv.weight, stride=space.stem_stride, padding=1), supernet.stem_bn))
-    x = F.conv2d(x, supernet.separable_depthwise, padding=1, groups=x.shape[1])
-    x = F.relu6(norm(x, supernet.separable_bns[0]))
-    x = norm(F.conv2d(x, supernet.separable_project[:, :, None, None]), supernet.separable_bns[1])
+    stem, separable = supernet.stem_blocks
+    x = F.relu6(norm(F.conv2d(x, stem.weights["conv"], stride=2, padding=1), stem.norms[0]))
+    x = F.conv2d(x, separable.weights["depthwise"], padding=1, groups=x.shape[1])
+    x = F.relu6(norm(x, separable.norms[0]))
+    x = norm(F.conv2d(x, separable.weights["project"][:, :, None, None]), separable.norms[1])
     base = x.shape[1]
-    for i, op in enumerate(arch.operations):
+    for i, (op, channels) in enumerate(arch.operations):
         cluster = space.clusters[space.block_cluster[i]]
-        weights, (bn1, bn2, bn3) = supernet.block_weights(i, op), supernet.block_norms(i, op)
+        _, weights, (bn1, bn2, bn3) = supernet.block(i, Operation(op, channels), x.shape[1])
         hidden = op.expansion * base
-        out = max(cluster.channels) if space.is_spring(i) else op.channels
-        y = F.relu6(norm(F.conv2d(x, weights.expand[:hidden, : x.shape[1], None, None]), bn1))
-        cut = (weights.depthwise.shape[-1] - op.kernel) // 2
-        kernel = weights.depthwise[:hidden, :, cut : cut + op.kernel, cut : cut + op.kernel]
+        out = max(cluster.channels) if space.is_spring(i) else channels
+        y = F.relu6(norm(F.conv2d(x, weights["expand"][:hidden, : x.shape[1], None, None]), bn1))
+        cut = (weights["depthwise"].shape[-1] - op.kernel) // 2
+        kernel = weights["depthwise"][:hidden, :, cut : cut + op.kernel, cut : cut + op.kernel]
         y = F.conv2d(y, kernel, stride=space.block_stride(i), padding=op.kernel // 2, groups=hidden)
-        y = norm(F.conv2d(F.relu6(norm(y, bn2)), weights.project[:out, :hidden, None, None]), bn3)
+        y = norm(F.conv2d(F.relu6(norm(y, bn2)), weights["project"][:out, :hidden, None, None]), bn3)
         x = x + y if x.shape == y.shape and space.block_stride(i) == 1 else y
         base = max(cluster.channels) if cluster.blocks == 1 else out
-    y = F.conv2d(x, supernet.tail_weight[:, : x.shape[1], None, None])
-    y = F.relu6(norm(y, supernet.tail_norm(x.shape[1])))
+    (tail,) = supernet.tail_blocks(x.shape[1])
+    y = F.conv2d(x, tail.weights["conv"][:, : x.shape[1], None, None])
+    y = F.relu6(norm(y, tail.norms[0]))
     return supernet.classifier(y.mean((2, 3)))
 
 
@@ -96,48 +98,47 @@ def test_a_separable_block_with_a_shortcut_adds_the_stems_activation(network):
     supernet = trained_like_supernet(space)
     x = images(space).double()
     supernet = supernet.train().double()
-    y = F.conv2d(x, supernet.stem_conv.weight, stride=space.stem_stride, padding=1)
-    y = F.relu6(F.batch_norm(y, None, None, supernet.stem_bn.weight, supernet.stem_bn.bias, training=True))
-    first, second = supernet.separable_bns
-    z = F.conv2d(y, supernet.separable_depthwise, padding=1, groups=4)
+    stem, separable = supernet.stem_blocks
+    y = F.conv2d(x, stem.weights["conv"], stride=2, padding=1)
+    y = F.relu6(F.batch_norm(y, None, None, stem.norms[0].weight, stem.norms[0].bias, training=True))
+    first, second = separable.norms
+    z = F.conv2d(y, separable.weights["depthwise"], padding=1, groups=4)
     z = F.relu6(F.batch_norm(z, None, None, first.weight, first.bias, training=True))
-    z = F.conv2d(z, supernet.separable_project[:, :, None, None])
+    z = F.conv2d(z, separable.weights["project"][:, :, None, None])
     expected = y + F.batch_norm(z, None, None, second.weight, second.bias, training=True)
     if network == "supernet":
-        inputs = capture_input(supernet.blocks[0], lambda: supernet(x, ARCH))
+        blocks = supernet.stem_blocks
     else:
-        trained = release(supernet, ARCH).double().train()
-        inputs = capture_input(trained.blocks[0], lambda: trained(x))
-    torch.testing.assert_close(inputs, expected, rtol=1e-10, atol=1e-10)
-
-
-def capture_input(module: nn.Module, run) -> torch.Tensor:
-    inputs = []
-    handle = module.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
-    run()
-    handle.remove()
-    return inputs[0]
+        blocks = [part.block() for part in release(supernet, ARCH).double().train().stem]
+    torch.testing.assert_close(run_blocks(x, blocks, training=True), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_one_block_cluster_at_the_end_slices_the_tail():
-    supernet = Supernet(digits_space())
+    supernet = Supernet(space_named("digits"))
     narrow = Arch.parse("c16:k3t3,k3t3_c24:k3t3,k3t3,k3t3_c40:k3t3,k3t3_c56:k3t3")
-    assert supernet.tail_weight.shape == (256, 80)
-    assert set(supernet.tail_bns) == {"c56", "c64", "c80"}
-    assert supernet.block_shapes(narrow)[-1].out_channels == 56
-    supernet(images(digits_space()), narrow).sum().backward()
-    assert supernet.tail_weight.grad[:, :56].abs().sum() > 0
-    assert supernet.tail_weight.grad[:, 56:].abs().sum() == 0
+    weight = supernet.tail_blocks(56)[0].weights["conv"]
+    assert weight.shape == (256, 80)
+    assert len({id(supernet.tail_blocks(width)[0].norms[0]) for width in (56, 64, 80)}) == 3
+    assert supernet.space.supernet_plans(narrow)[-1].layers[-1].outputs == 56
+    supernet(images(space_named("digits")), narrow).sum().backward()
+    assert weight.grad[:, :56].abs().sum() > 0
+    assert weight.grad[:, 56:].abs().sum() == 0
 
 
 # ---- who shares weights
+
+
+def any_form(supernet: Supernet, block: int, op: Operation) -> Block:
+    """An operation of a block, behind the widest input that it can have."""
+    return supernet.block(block, op, max(supernet.space.supernet_inputs(block, op.channels)))
 
 
 def distinct_weights(supernet: Supernet, block: int) -> dict[int, list[Operation]]:
     """Operations of a block, grouped by the depthwise weight that they read."""
     groups: dict[int, list[Operation]] = {}
     for op in supernet.space.live[block]:
-        groups.setdefault(supernet.block_weights(block, op).depthwise.data_ptr(), []).append(op)
+        weights = any_form(supernet, block, op).weights
+        groups.setdefault(weights["depthwise"].data_ptr(), []).append(op)
     return groups
 
 
@@ -146,7 +147,7 @@ def test_who_shares_convolution_weights():
     nested, channels, independent = (distinct_weights(Supernet(TINY, sharing), 0) for sharing in SHARINGS)
     assert list(nested.values()) == [list(ops)]
     assert sorted(map(sorted, channels.values())) == sorted(
-        [Operation(k, t, 8), Operation(k, t, 12)] for k in (3, 5) for t in (2, 3)
+        [Operation(BlockOp(k, t), 8), Operation(BlockOp(k, t), 12)] for k in (3, 5) for t in (2, 3)
     )
     assert sorted(independent.values()) == sorted([op] for op in ops)
 
@@ -155,12 +156,12 @@ def test_who_shares_convolution_weights():
 def test_every_operation_has_its_own_normalisation_and_weights_are_as_large_as_needed(sharing):
     supernet = Supernet(TINY, sharing)
     for i, live in enumerate(TINY.live):
-        assert len({id(bn) for op in live for bn in supernet.block_norms(i, op)}) == 3 * len(live)
-    weights = supernet.block_weights(1, Operation(3, 2, 8))  # in = c, spring: out = 12
+        assert len({id(bn) for op in live for bn in any_form(supernet, i, op).norms}) == 3 * len(live)
+    weights = any_form(supernet, 1, Operation(BlockOp(3, 2), 8)).weights  # in = c, spring: out = 12
     sizes = {"nested": (36, 12, 5, 12), "channels": (24, 12, 3, 12), "independent": (16, 8, 3, 12)}[sharing]
-    assert weights.expand.shape == sizes[:2]
-    assert weights.depthwise.shape == (sizes[0], 1, sizes[2], sizes[2])
-    assert weights.project.shape == (sizes[3], sizes[0])
+    assert weights["expand"].shape == sizes[:2]
+    assert weights["depthwise"].shape == (sizes[0], 1, sizes[2], sizes[2])
+    assert weights["project"].shape == (sizes[3], sizes[0])
 
 
 def test_unknown_sharing():
@@ -199,7 +200,7 @@ def test_statistics_move_only_on_the_path():
     before = {name: buffer.clone() for name, buffer in supernet.named_buffers()}
     supernet(images(TINY), ARCH)
     on_path = {f"blocks.{i}.norms.{op}." for i, op in enumerate(ARCH.operations)}
-    on_path |= {"stem_bn.", "separable_bns.", "tail_bns.c32."}
+    on_path |= {"stem.", "tail.0.norms.k1c40i32."}
     for name, buffer in supernet.named_buffers():
         assert torch.equal(buffer, before[name]) != name.startswith(tuple(on_path)), name
 
@@ -225,7 +226,7 @@ def test_shrinking_keeps_the_outputs_of_survivors(sharing, seed):
 
 def test_the_centre_of_a_kernel_stays_when_the_largest_kernels_go():
     supernet = trained_like_supernet(TINY, "nested")
-    space = TINY.with_live([[op for op in ops if op.kernel == 3] or ops for ops in TINY.live])
+    space = TINY.with_live([[op for op in ops if op.block_op.kernel == 3] or ops for ops in TINY.live])
     smaller = supernet.shrunk(space)
     assert smaller.blocks[0].weights["all"].depthwise.shape == (12, 1, 3, 3)
     for arch in random_archs(space, 5):
@@ -248,7 +249,7 @@ def test_dropped_operations_leave_the_supernet(sharing):
     assert not {p.data_ptr() for p in smaller.parameters()} & {p.data_ptr() for p in supernet.parameters()}
     state = supernet.state_dict()
     for name, tensor in smaller.state_dict().items():
-        if "norms" in name or name.startswith(("stem", "separable", "classifier")):
+        if "norms" in name or name.startswith(("stem", "classifier")):
             assert torch.equal(tensor, state[name]), name
 
 
@@ -259,10 +260,11 @@ def test_weights_are_no_larger_than_the_survivors_use(sharing):
     supernet = Supernet(TINY, sharing).shrunk(space)
     largest: dict[int, list[tuple[int, ...]]] = {}
     for arch in (arch for r in range(12) for arch in fair_round(space, 0, r)):
-        for i, (op, dims) in enumerate(zip(arch.operations, space.supernet_dims(arch), strict=True)):
-            weights = supernet.block_weights(i, op)
-            largest.setdefault(id(weights.project), []).append((dims.out_channels, dims.hidden))
-            largest.setdefault(id(weights.depthwise), []).append((dims.hidden, 1, dims.kernel, dims.kernel))
+        for plan, weights, _ in supernet.path_blocks(arch)[2:-1]:
+            _, depthwise, project = plan.layers
+            largest.setdefault(id(weights["project"]), []).append((project.outputs, project.inputs))
+            kernel = (depthwise.kernel, depthwise.kernel)
+            largest.setdefault(id(weights["depthwise"]), []).append((depthwise.outputs, 1, *kernel))
     for block in supernet.blocks:
         for weights in block.weights.values():
             for parameter in (weights.project, weights.depthwise):
@@ -284,4 +286,4 @@ def test_shrinking_twice_ends_where_shrinking_once_does():
 
 def test_another_table_cannot_be_shrunk_to():
     with pytest.raises(AssertionError, match="shrinking keeps the table"):
-        Supernet(TINY).shrunk(digits_space())
+        Supernet(TINY).shrunk(space_named("digits"))

@@ -11,7 +11,7 @@ import pytest
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.presets import preset
 from bsnas.engine.runs.rundir import RunDir, read_json, write_json
-from bsnas.engine.space.space import Operation
+from bsnas.engine.space.arch import BlockOp, Operation
 from tests import ROOT
 
 CONFIG = preset("digits")
@@ -39,7 +39,7 @@ def test_spaces_after_each_step(tmp_path):
     for step, space in enumerate((first, second), start=1):
         write_json(run.space_file(step), space.to_json())
     assert run.spaces() == [CONFIG.space, first, second]
-    assert run.spaces()[2].live[0][0] == Operation(3, 3, 16)
+    assert run.spaces()[2].live[0][0] == Operation(BlockOp(3, 3), 16)
     run.space_file(2).write_text('{"clusters": 3}')
     with pytest.raises(UserError, match="this is not a search space"):
         run.spaces()

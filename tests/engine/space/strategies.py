@@ -1,38 +1,81 @@
-"""Random search spaces for property tests: any number of clusters, blocks and options, full or shrunk."""
+"""Random search spaces for property tests: any families, axes, rows, clusters and springs, full or shrunk."""
 
 import random
 
 from hypothesis import strategies as st
 
-from bsnas.engine.space.space import Cluster, Operation, Space
+from bsnas.engine.space.arch import Operation
+from bsnas.engine.space.families import FAMILIES
+from bsnas.engine.space.space import Space
+from bsnas.engine.space.table import Cluster, Row
+
+
+def options(draw: st.DrawFn, values: tuple, most: int) -> tuple:  # type: ignore[type-arg]
+    return tuple(draw(st.lists(st.sampled_from(values), min_size=1, max_size=most, unique=True)))
+
+
+@st.composite
+def rows(draw: st.DrawFn, families: tuple[str, ...] = tuple(FAMILIES)) -> Row:
+    name = draw(st.sampled_from(families))
+    family = FAMILIES[name]
+    pool = "pool" in family.settings and draw(st.integers(0, 5)) == 0
+    expand = "expand" not in family.settings or draw(st.integers(0, 4)) > 0
+    hidden = {}
+    if family.hidden != "none" and expand:
+        hidden = draw(
+            st.sampled_from(
+                (
+                    {"expansions": options(draw, (1, 2, 3), 2)},
+                    {"widths": options(draw, (3, 5, 8), 2)},
+                )
+            )
+        )
+    return Row(
+        family=name,
+        blocks=draw(st.integers(1, 3)),
+        stride=draw(st.sampled_from((1, 1, 2))),
+        kernels=options(draw, (1, 3, 5), 2),
+        activations=options(draw, ("relu", "relu6"), 2),
+        identity=not pool and draw(st.integers(0, 2)) == 0,
+        expand=expand,
+        shortcut="none" if "shortcut" in family.settings and draw(st.booleans()) else "projection",
+        pool=pool,
+        **hidden,
+    )
 
 
 @st.composite
 def clusters(draw: st.DrawFn) -> Cluster:
-    def options(values: tuple[int, ...], most: int) -> tuple[int, ...]:
-        return tuple(draw(st.lists(st.sampled_from(values), min_size=1, max_size=most, unique=True)))
-
     return Cluster(
-        blocks=draw(st.integers(1, 4)),
-        kernels=options((1, 3, 5, 7), 3),
-        expansions=options((1, 2, 3, 6), 3),
-        channels=options((3, 4, 6, 8, 11), 4),
-        stride=draw(st.sampled_from((1, 2))),
+        channels=options(draw, (3, 4, 6, 8), 3), rows=tuple(draw(st.lists(rows(), min_size=1, max_size=2)))
     )
+
+
+@st.composite
+def single(draw: st.DrawFn) -> Cluster:
+    """A cluster without a choice, as stems and tails are."""
+    row = Row(
+        family=draw(st.sampled_from(("conv", "separable"))),
+        stride=draw(st.sampled_from((1, 2))),
+        kernels=(draw(st.sampled_from((1, 3))),),
+        activations=(draw(st.sampled_from(("relu", "relu6"))),),
+    )
+    return Cluster(channels=(draw(st.integers(2, 9)),), rows=(row,))
 
 
 @st.composite
 def full_spaces(draw: st.DrawFn) -> Space:
     """Spaces with every operation alive."""
     return Space(
-        clusters=tuple(draw(st.lists(clusters(), min_size=1, max_size=4))),
+        table=(
+            *draw(st.lists(single(), max_size=2)),
+            *draw(st.lists(clusters(), min_size=1, max_size=3)),
+            *draw(st.lists(single(), max_size=2)),
+        ),
+        springs=draw(st.sampled_from(("fixed", "sliced"))),
         resolution=draw(st.integers(5, 20)),
         input_channels=draw(st.sampled_from((1, 3))),
         classes=draw(st.integers(2, 5)),
-        stem_channels=draw(st.integers(2, 6)),
-        stem_stride=draw(st.sampled_from((1, 2))),
-        separable_channels=draw(st.integers(2, 6)),
-        tail_channels=draw(st.integers(4, 9)),
     )
 
 

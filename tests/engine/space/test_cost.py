@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bsnas.engine.networks.subnet import Subnet
-from bsnas.engine.presets import digits_space, fashion_mnist_space, imagenet_space, mobilenet_v2_space
+from bsnas.engine.space.arch import Arch, BlockOp
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.engine.space.space import Arch, BlockOp, Space
+from bsnas.engine.space.space import Space
+from bsnas.engine.space.spaces import space_named
 from tests.engine.space.strategies import any_spaces, shrunk_at_random
 from tests.engine.tiny import TINY
 
@@ -56,7 +57,7 @@ def check_against_network(space: Space, arch: Arch) -> None:
 
 
 def test_the_ends_of_the_papers_space():
-    space = imagenet_space()
+    space = space_named("imagenet")
     costs = CostModel(space)
     assert costs.macs.range() == (199_964_416, 773_403_968)
     assert costs.macs(one_option(space, 0, BlockOp(3, 3))) == 199_964_416
@@ -64,15 +65,15 @@ def test_the_ends_of_the_papers_space():
 
 
 def test_mobilenet_v2_has_its_published_costs():
-    space = mobilenet_v2_space()
+    space = space_named("mobilenet-v2")
     arch = one_option(space, 0, BlockOp(3, 6))
     assert CostModel(space).macs_and_params(arch) == (300_774_272, 3_504_872)
     check_against_network(space, arch)
 
 
-@pytest.mark.parametrize("make", [imagenet_space, digits_space, fashion_mnist_space])
-def test_counted_from_real_networks(make):
-    space, rng = make(), random.Random(0)
+@pytest.mark.parametrize("name", ["imagenet", "digits", "fashion-mnist"])
+def test_counted_from_real_networks(name):
+    space, rng = space_named(name), random.Random(0)
     for _ in range(2):
         check_against_network(space, uniform_arch(space, rng))
 
@@ -109,7 +110,7 @@ def tables(space: Space, cluster: int, channels: int) -> list[tuple[BlockOp, ...
 
 
 def test_ten_thousand_architectures_a_second():
-    space, rng = imagenet_space(), random.Random(3)
+    space, rng = space_named("imagenet"), random.Random(3)
     costs, archs = CostModel(space), [uniform_arch(space, rng) for _ in range(2000)]
     start = time.process_time()
     for arch in archs:

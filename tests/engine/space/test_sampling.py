@@ -7,9 +7,9 @@ from itertools import combinations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bsnas.engine.presets import imagenet_space
 from bsnas.engine.space.sampling import fair_archs, fair_round, uniform_arch, uniform_round
 from bsnas.engine.space.space import Space
+from bsnas.engine.space.spaces import space_named
 from tests.engine.space.strategies import any_spaces, full_spaces, shrunk_at_random, shrunk_spaces
 
 SEEDS = st.integers(0, 10**6)
@@ -36,7 +36,7 @@ def test_a_round_of_a_full_space_uses_every_operation_exactly_once(space, seed, 
 
 
 def test_the_papers_space_has_18_paths_a_round_and_each_operation_once():
-    space = imagenet_space()
+    space = space_named("imagenet")
     for index in range(20):
         paths = fair_round(space, 3, index)
         assert len(paths) == 18
@@ -90,14 +90,14 @@ def test_seed_and_round_alone_decide_the_paths(space, seed, index):
 
 
 def test_seeds_and_rounds_differ():
-    space = imagenet_space()
+    space = space_named("imagenet")
     rounds = [tuple(fair_round(space, seed, index)) for seed in range(3) for index in range(3)]
     assert len(set(rounds)) == 9
 
 
 def test_every_pair_of_choices_meets():
     """Permutations of blocks are independent: nothing ties the choice of one block to that of another."""
-    space = imagenet_space()
+    space = space_named("imagenet")
     paths = fair_archs(space, seed=0, count=18 * 150)
     for a, b in ((0, 1), (0, 18), (7, 8)):
         pairs = Counter((path.operations[a], path.operations[b]) for path in paths)
@@ -107,7 +107,7 @@ def test_every_pair_of_choices_meets():
 
 
 def test_fair_archs_are_the_first_paths_of_the_rounds():
-    space = shrunk_at_random(imagenet_space(), random.Random(5))
+    space = shrunk_at_random(space_named("imagenet"), random.Random(5))
     count = 2 * space.max_live + 3
     archs = fair_archs(space, seed=9, count=count)
     assert archs == [path for index in range(3) for path in fair_round(space, 9, index)][:count]
@@ -124,7 +124,7 @@ def test_uniform_paths_lie_in_the_space(space, seed):
 
 
 def test_uniform_sampling_is_uniform():
-    space, rng, draws = imagenet_space(), random.Random(1), 18 * 300
+    space, rng, draws = space_named("imagenet"), random.Random(1), 18 * 300
     counts = Counter(uniform_arch(space, rng).operations[4] for _ in range(draws))
     assert set(counts) == set(space.live[4])
     chi_squared = sum((count - 300) ** 2 / 300 for count in counts.values())

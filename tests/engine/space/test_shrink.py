@@ -6,17 +6,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bsnas.engine.space.arch import Arch, BlockOp, Operation
+from bsnas.engine.space.mobile import mobile_cluster, mobile_space
 from bsnas.engine.space.sampling import fair_archs, uniform_round
 from bsnas.engine.space.shrink import Importance, importance, importance_to_json, shrink
-from bsnas.engine.space.space import Arch, BlockOp, Cluster, Operation, Space
+from bsnas.engine.space.space import Space
 from tests.engine.space.strategies import any_spaces
 
-PAIR = Space(
-    clusters=(Cluster(blocks=2, kernels=(3, 5), expansions=(2,), channels=(8, 12), stride=1),),
+PAIR = mobile_space(
+    clusters=(mobile_cluster(blocks=2, kernels=(3, 5), expansions=(2,), channels=(8, 12), stride=1),),
     resolution=8,
 )
 """Two blocks of four operations each: kernel 3 or 5, 8 or 12 channels."""
-A, B, C, D = Operation(3, 2, 8), Operation(5, 2, 8), Operation(3, 2, 12), Operation(5, 2, 12)
+A, B, C, D = (
+    Operation(BlockOp(3, 2), 8),
+    Operation(BlockOp(5, 2), 8),
+    Operation(BlockOp(3, 2), 12),
+    Operation(BlockOp(5, 2), 12),
+)
 
 
 def arch(first: Operation, second: Operation) -> Arch:
@@ -208,9 +215,9 @@ def mean_ratio(measured: Importance, blocks: range, channels: int) -> float:
 
 
 def test_the_paper_shrinks_to_its_numbers_step_by_step():
-    space = Space(
+    space = mobile_space(
         clusters=tuple(
-            Cluster(blocks=blocks, kernels=(3, 5, 7), expansions=(3, 6), channels=(8, 12, 16), stride=1)
+            mobile_cluster(blocks=blocks, kernels=(3, 5, 7), expansions=(3, 6), channels=(8, 12, 16), stride=1)
             for blocks in (2, 4, 1)
         ),
         resolution=8,

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.presets import PRESETS, digits_space, imagenet_space, mobilenet_v2_space, preset
+from bsnas.engine.presets import PRESETS, preset
+from bsnas.engine.space.arch import Arch, BlockOp, Operation
 from bsnas.engine.space.sampling import fair_archs, uniform_round
-from bsnas.engine.space.space import Arch, BlockDims, BlockOp, Operation, Space
+from bsnas.engine.space.plan import Plan
+from bsnas.engine.space.space import Space
+from bsnas.engine.space.spaces import space_named
 from tests.engine.space.strategies import any_spaces
 from tests.engine.tiny import ARCH, TINY, tiny_space
 
@@ -19,7 +23,7 @@ from tests.engine.tiny import ARCH, TINY, tiny_space
 
 
 def test_the_papers_table():
-    space = imagenet_space()
+    space = space_named("imagenet")
     assert space.num_blocks == 19
     assert space.num_architectures == 3**6 * 6**19
     assert space.max_live == 18
@@ -33,12 +37,12 @@ def test_the_papers_table():
 
 
 def test_numbers_of_architectures_of_other_spaces():
-    assert mobilenet_v2_space().num_architectures == 1
-    assert digits_space().num_architectures == 3**4 * 6**8
+    assert space_named("mobilenet-v2").num_architectures == 1
+    assert space_named("digits").num_architectures == 3**4 * 6**8
     assert TINY.num_architectures == (2 * 4**2) * 2 * 2
     live = [list(ops) for ops in TINY.live]
-    live[0] = [op for op in live[0] if op != Operation(3, 2, 12)]
-    live[1] = [op for op in live[1] if op.channels == 8 or op.kernel == 5]
+    live[0] = [op for op in live[0] if op != Operation(BlockOp(3, 2), 12)]
+    live[1] = [op for op in live[1] if op.channels == 8 or op.block_op.kernel == 5]
     assert TINY.with_live(live).num_architectures == (4 * 4 + 3 * 2) * 2 * 2
     assert TINY.with_live(live).full() == TINY
 
@@ -53,23 +57,29 @@ def test_preset_spaces_fit_their_data(name):
 # ---- widths
 
 
+def sizes(plans: Iterable[Plan]) -> list[tuple[int, ...]]:
+    """Inputs, hidden width, outputs, kernel and stride of inverted residuals."""
+    return [(p.layers[0].inputs, p.hidden, p.layers[-1].outputs, p.kernel, p.stride) for p in plans]
+
+
 def test_widths_in_the_supernet_and_released():
-    assert TINY.supernet_dims(ARCH) == (
-        BlockDims(4, 8, 8, 3, 2),
-        BlockDims(8, 24, 12, 5, 1),  # a spring block puts out the largest option
-        BlockDims(12, 24, 16, 3, 1),  # a cluster of one block puts out the choice
-        BlockDims(16, 72, 20, 5, 2),  # and what follows reads it, hidden width that of the largest: 3 x 24
-        BlockDims(20, 60, 32, 5, 1),
-    )
-    assert TINY.released_dims(ARCH) == (
-        BlockDims(4, 8, 8, 3, 2),
-        BlockDims(8, 24, 8, 5, 1),
-        BlockDims(8, 16, 16, 3, 1),
-        BlockDims(16, 48, 20, 5, 2),
-        BlockDims(20, 60, 20, 5, 1),
-    )
-    assert [dims.residual for dims in TINY.supernet_dims(ARCH)] == [False] * 5
-    assert [dims.residual for dims in TINY.released_dims(ARCH)] == [False, True, False, False, True]
+    assert sizes(TINY.supernet_plans(ARCH)) == [
+        (4, 8, 8, 3, 2),
+        (8, 24, 12, 5, 1),  # a spring block puts out the largest option
+        (12, 24, 16, 3, 1),  # a cluster of one block puts out the choice
+        (16, 72, 20, 5, 2),  # and what follows reads it, hidden width that of the largest: 3 x 24
+        (20, 60, 32, 5, 1),
+    ]
+    assert sizes(TINY.released_plans(ARCH)) == [
+        (4, 8, 8, 3, 2),
+        (8, 24, 8, 5, 1),
+        (8, 16, 16, 3, 1),
+        (16, 48, 20, 5, 2),
+        (20, 60, 20, 5, 1),
+    ]
+    assert [plan.shortcut for plan in TINY.supernet_plans(ARCH)] == [None] * 5
+    shortcuts = [plan.shortcut for plan in TINY.released_plans(ARCH)]
+    assert shortcuts == [None, "identity", None, None, "identity"]
 
 
 @settings(max_examples=30, deadline=None)
@@ -77,7 +87,15 @@ def test_widths_in_the_supernet_and_released():
 def test_both_widths_agree_when_all_channels_are_the_largest(space):
     for arch in uniform_round(space.full(), 0, 0):
         largest = Arch(tuple(max(cluster.channels) for cluster in space.clusters), arch.blocks)
-        assert space.supernet_dims(largest) == space.released_dims(largest)
+        assert space.supernet_plans(largest) == space.released_plans(largest)
+
+
+@settings(max_examples=30, deadline=None)
+@given(space=any_spaces())
+def test_with_sliced_springs_both_widths_always_agree(space):
+    for arch in uniform_round(replace(space, springs="sliced"), 0, 0):
+        sliced = replace(space, springs="sliced")
+        assert sliced.supernet_plans(arch) == sliced.released_plans(arch)
 
 
 # ---- architectures as text
@@ -109,7 +127,7 @@ def test_the_text_is_readable():
         ("_", "''"),
         ("c24", "'c24'"),
         ("c24:", "'c24:'"),
-        ("c24:k3", "'c24:k3'"),
+        ("c24:t3", "'c24:t3'"),
         ("c24:k3t3,", "'c24:k3t3,'"),
         ("c24:k3t3_", "''"),
         ("c24:k3t3_c:k3t3", "'c:k3t3'"),
@@ -130,7 +148,7 @@ def test_text_that_does_not_parse(text, where):
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text(alphabet="ckt0123456789:,_ x-\n", max_size=40))
+@given(text=st.text(alphabet="ckwtirm0123456789:,_ x-\n", max_size=40))
 def test_any_text_parses_to_itself_or_is_refused(text):
     try:
         arch = Arch.parse(text)
@@ -185,31 +203,38 @@ def test_check_says_what_is_wrong_and_allowed(arch, message):
         ({"stride": 3}, "a cluster has stride 3; allowed are 1 and 2"),
         ({"kernels": ()}, r"kernels \(\) of a cluster: give one or more different positive integers"),
         ({"expansions": (3, 3)}, r"expansions \(3, 3\) of a cluster"),
-        ({"channels": (0, 8)}, r"channels \(0, 8\) of a cluster"),
         ({"kernels": (3, 4)}, r"kernels \(3, 4\) of a cluster: kernel sizes must be odd"),
     ],
 )
-def test_clusters_that_cannot_be(changes, message):
+def test_rows_that_cannot_be(changes, message):
     with pytest.raises(UserError, match=message):
-        replace(TINY.clusters[0], **changes)
+        replace(TINY.clusters[0].rows[0], **changes)
+
+
+def test_clusters_that_cannot_be():
+    with pytest.raises(UserError, match=r"channels \(0, 8\) of a cluster"):
+        replace(TINY.clusters[0], channels=(0, 8))
+    with pytest.raises(UserError, match="a cluster has no blocks"):
+        replace(TINY.clusters[0], rows=())
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"clusters": ()}, "a space needs at least one cluster"),
-        ({"stem_stride": 4}, "stem stride 4; allowed are 1 and 2"),
-        ({"stem_stride": True}, "stem stride True; allowed are 1 and 2"),
+        ({"stem_stride": 4}, "stride 4; allowed are 1 and 2"),
+        ({"stem_stride": True}, "stride True; allowed are 1 and 2"),
+        ({"springs": "loose"}, "springs 'loose' of a space; allowed are fixed and sliced"),
         ({"classes": 2.5}, "classes of a space is 2.5; it must be a positive integer"),
         ({"resolution": 0}, "resolution of a space is 0; it must be a positive integer"),
         ({"classes": -1}, "classes of a space is -1; it must be a positive integer"),
-        ({"tail_channels": 0}, "tail_channels of a space is 0"),
+        ({"tail_channels": 0}, r"channels \(0,\) of a cluster"),
         ({"live": TINY.live[:3]}, "a space of 5 blocks got live operations for 3"),
         ({"live": ((), *TINY.live[1:])}, "live operations of block 1 must be different ones of its cluster.* got none"),
-        ({"live": ((Operation(9, 9, 8),), *TINY.live[1:])}, "live operations of block 1 .* got k9t9c8"),
+        ({"live": ((Operation(BlockOp(9, 9), 8),), *TINY.live[1:])}, "live operations of block 1 .* got k9t9c8"),
         ({"live": (TINY.live[0] * 2, *TINY.live[1:])}, "live operations of block 1 must be different"),
         (
-            {"live": ((Operation(3, 2, 8),), *TINY.live[1:])},
+            {"live": ((Operation(BlockOp(3, 2), 8),), *TINY.live[1:])},
             "the blocks of cluster 1 keep different channel numbers; they must agree",
         ),
     ],
@@ -262,8 +287,10 @@ def test_a_mutated_file_is_refused_or_is_another_proper_space(data):
         space = Space.from_json(table)
     except UserError:
         return
-    widths = [size for arch in fair_archs(space, 0, 2) for dims in space.supernet_dims(arch) for size in dims]
-    fixed = [space.resolution, space.classes, space.stem_channels, space.tail_channels, space.input_channels]
+    plans = [plan for arch in fair_archs(space, 0, 2) for plan in (*space.stem_plans, *space.supernet_plans(arch))]
+    layers = [layer for plan in plans for layer in plan.convs]
+    widths = [size for layer in layers for size in (layer.inputs, layer.outputs, layer.kernel, layer.stride)]
+    fixed = [space.resolution, space.classes, space.input_channels]
     assert all(type(number) is int and number > 0 for number in (*widths, *fixed))
     assert Space.from_json(space.to_json()) == space
 
@@ -275,7 +302,7 @@ def test_other_json_is_no_space(junk):
 
 
 def test_what_is_no_space_says_why():
-    with pytest.raises(UserError, match="this is not a search space: 'clusters'; give a file that this program wrote"):
+    with pytest.raises(UserError, match="this is not a search space: 'live'; give a file that this program wrote"):
         Space.from_json({})
     table = TINY.to_json()
     table["live"][0][0] = "k3t2"

@@ -8,7 +8,9 @@ from bsnas.engine.config import OptimizerConfig, RetrainConfig, RunConfig, Sampl
 from bsnas.engine.data.dataset import DataConfig, open_dataset
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.runs.rundir import RunDir
-from bsnas.engine.space.space import Cluster, Space
+from bsnas.engine.space.mobile import mobile_cluster, mobile_space
+from bsnas.engine.space.space import Space
+from bsnas.engine.space.table import Cluster
 from bsnas.engine.training.metrics import CLOCK_VALUES
 from bsnas.engine.training.supernet import SupernetTraining
 
@@ -17,9 +19,9 @@ def tiny_space() -> Space:
     """Four blocks, a one-block cluster in the middle, two channel options each."""
 
     def cluster(blocks: int, channels: tuple[int, ...], stride: int) -> Cluster:
-        return Cluster(blocks=blocks, kernels=(3, 5), expansions=(2,), channels=channels, stride=stride)
+        return mobile_cluster(blocks=blocks, kernels=(3, 5), expansions=(2,), channels=channels, stride=stride)
 
-    return Space(
+    return mobile_space(
         resolution=16,
         classes=10,
         stem_channels=8,

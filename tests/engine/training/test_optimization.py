@@ -16,8 +16,8 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.precision import default_precision
 from bsnas.engine.host.script import load_deepspeed_overrides
 from bsnas.engine.networks.supernet import Supernet
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.sampling import fair_round
-from bsnas.engine.space.space import Arch
 from bsnas.engine.training.optimization import Optimization, deepspeed_config, learning_rate
 from tests.engine.evaluation.cases import trained_like_supernet
 from tests.engine.space.strategies import shrunk_at_random

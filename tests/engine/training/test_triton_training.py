@@ -13,13 +13,13 @@ from tests import ROOT
 pytest.importorskip("triton")
 
 from bsnas.engine.networks.supernet import Supernet
+from bsnas.engine.space.mobile import mobile_cluster, mobile_space
 from bsnas.engine.space.sampling import fair_round
-from bsnas.engine.space.space import Cluster, Space
 from bsnas.kernels import set_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SPACE = Space(
-    clusters=(Cluster(blocks=2, kernels=(3, 5), expansions=(2,), channels=(8, 12), stride=2),),
+SPACE = mobile_space(
+    clusters=(mobile_cluster(blocks=2, kernels=(3, 5), expansions=(2,), channels=(8, 12), stride=2),),
     resolution=8, stem_channels=8, separable_channels=4, tail_channels=16, classes=3,
 )  # fmt: skip
 

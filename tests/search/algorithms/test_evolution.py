@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.presets import imagenet_space, mobilenet_v2_space
+from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.engine.space.space import Arch, Space
+from bsnas.engine.space.space import Space
+from bsnas.engine.space.spaces import space_named
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, accuracy_front, ranked
 from bsnas.search.algorithms.limits import Limit
 from bsnas.search.algorithms.problem import Problem
@@ -53,7 +54,7 @@ def problem_of(space: Space, *limits: Limit) -> Problem:
 
 
 def test_the_papers_search_finds_a_known_optimum_inside_its_budget():
-    space = imagenet_space()
+    space = space_named("imagenet")
     macs = CostModel(space).macs
     target = min((uniform_arch(space, random.Random(seed)) for seed in range(200)), key=lambda a: abs(macs(a) - 460e6))
     toy = Toy(target)
@@ -68,7 +69,7 @@ def test_the_papers_search_finds_a_known_optimum_inside_its_budget():
 
 
 def test_a_generation_is_a_third_crossover_a_third_mutation_and_random_rest():
-    space = imagenet_space()
+    space = space_named("imagenet")
     toy = Toy(uniform_arch(space, random.Random(9)))
     first, second = generations(problem_of(space), EvolutionConfig(iterations=1), toy)
     parents = [candidate.arch for candidate in ranked(first)[:10]]
@@ -114,7 +115,7 @@ def test_a_continued_search_ends_like_an_uninterrupted_one(rng, killed_after):
 
 
 def test_seeds_decide_everything():
-    space = imagenet_space()
+    space = space_named("imagenet")
     toy = Toy(uniform_arch(space, random.Random(1)))
 
     def run(seed):
@@ -125,7 +126,7 @@ def test_seeds_decide_everything():
 
 
 def test_a_space_of_one_architecture_is_evaluated_once():
-    space = mobilenet_v2_space()
+    space = space_named("mobilenet-v2")
     start = time.perf_counter()
     toy = Toy(uniform_arch(space, random.Random(0)))
     (generation,) = generations(problem_of(space), EvolutionConfig(), toy)
@@ -144,7 +145,7 @@ def test_a_space_of_one_architecture_is_evaluated_once():
     ids=["below", "above", "together", "gap"],
 )
 def test_an_infeasible_budget_ends_soon_with_the_reachable_range(limits):
-    space = imagenet_space()
+    space = space_named("imagenet")
     start = time.perf_counter()
     toy = Toy(uniform_arch(space, random.Random(0)))
     with pytest.raises(
@@ -172,7 +173,7 @@ def test_scaled_settings_keep_the_papers_proportions():
     assert EvolutionConfig.scaled(population=75, iterations=20, seed=0) == EvolutionConfig()
 
 
-ARCH = uniform_arch(mobilenet_v2_space(), random.Random(0))
+ARCH = uniform_arch(space_named("mobilenet-v2"), random.Random(0))
 points = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=60)
 
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.presets import imagenet_space
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
+from bsnas.engine.space.spaces import space_named
 from bsnas.search.algorithms.limits import Limit, parse_count
 from bsnas.search.algorithms.problem import Problem
 from bsnas.search.algorithms.sampler import Sampler, check_limits, counted_from_reference
@@ -54,7 +54,7 @@ def test_draws_are_live_and_reach_whatever_keeps_the_limits(rng):
 
 
 def test_the_sampler_draws_close_to_every_limit_of_table_1():
-    space = imagenet_space()
+    space = space_named("imagenet")
     rng = random.Random(0)
     costs = costs_of(space)
     for limit in (Limit("macs", high=205e6), Limit("macs", low=765e6), Limit("macs", 300e6, 301e6)):
@@ -66,7 +66,7 @@ def test_the_sampler_draws_close_to_every_limit_of_table_1():
 
 
 def test_draws_spread_over_the_feasible_range():
-    space = imagenet_space()
+    space = space_named("imagenet")
     rng = random.Random(0)
     sampler = Sampler(Problem(space, (Limit("macs", high=600e6),), costs_of(space)))
     macs = CostModel(space).macs
@@ -75,13 +75,13 @@ def test_draws_spread_over_the_feasible_range():
 
 
 def test_without_limits_the_sampler_is_the_uniform_one():
-    space = imagenet_space()
+    space = space_named("imagenet")
     sampler = Sampler(Problem(space, (), costs_of(space)))
     assert sampler.draw(random.Random(5)) == uniform_arch(space, random.Random(5))
 
 
 def test_an_unreachable_limit_names_the_reachable_range_at_once():
-    space = imagenet_space()
+    space = space_named("imagenet")
     start = time.perf_counter()
     with pytest.raises(UserError) as caught:
         check_limits(Problem(space, (Limit("macs", high=100e6),), costs_of(space)))
@@ -95,7 +95,7 @@ def test_an_unreachable_limit_names_the_reachable_range_at_once():
 
 
 def test_limits_that_exclude_each_other_name_what_the_others_leave():
-    space = imagenet_space()
+    space = space_named("imagenet")
     start = time.perf_counter()
     limits = (Limit("macs", low=750e6), Limit("params", high=3e6))
     with pytest.raises(

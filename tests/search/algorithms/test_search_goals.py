@@ -17,10 +17,10 @@ from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
-from bsnas.engine.presets import imagenet_space
 from bsnas.engine.runs.rundir import RunDir, read_json
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import uniform_arch
+from bsnas.engine.space.spaces import space_named
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig
 from bsnas.search.algorithms.limits import Limit, format_cost
 from bsnas.search.algorithms.nsga2 import hypervolume, pareto_front, survivors
@@ -97,7 +97,7 @@ def test_the_smallest_network_is_found(rng):
 
 
 def test_four_limits_that_nothing_keeps_end_soon_with_every_range():
-    space = imagenet_space()
+    space = space_named("imagenet")
     macs = CostModel(space).macs
     latency = replace(
         macs,
@@ -152,7 +152,7 @@ def test_the_hypervolume_is_the_dominated_share_of_the_box():
 
 
 def test_nsga2_is_reproducible_continues_and_beats_a_search_per_budget():
-    space = imagenet_space()
+    space = space_named("imagenet")
     toy = Toy(uniform_arch(space, random.Random(1)))
     problem = Problem.of(space, objectives=("top1", "macs"))
     config = EvolutionConfig.scaled(population=40, iterations=9, seed=0)
@@ -174,7 +174,7 @@ def test_nsga2_is_reproducible_continues_and_beats_a_search_per_budget():
 
 
 def test_nsga2_keeps_limits():
-    space = imagenet_space()
+    space = space_named("imagenet")
     toy = Toy(uniform_arch(space, random.Random(1)))
     limits = (Limit("macs", high=300e6), Limit("activation_bytes", high=6e6))
     problem = Problem.of(space, limits, objectives=("top1", "macs", "params"))
@@ -317,7 +317,7 @@ def test_the_quality_benchmark_counts_comparisons_and_shares_evaluations(tmp_pat
     assert (found["more"], found["as"], found["less"]) == (1, 1, 0)
     assert found["mean"] == pytest.approx(0.1)
     assert found["standard_error"] == pytest.approx(0.1)
-    space = imagenet_space()
+    space = space_named("imagenet")
     arguments = QualityArguments(run=tmp_path, population=15, iterations=1, seeds=1)
     figures = hypervolumes(space, Toy(uniform_arch(space, random.Random(1))), arguments)
     assert (figures["rows"][0]["evaluations_nsga2"], figures["rows"][0]["evaluations_budgets"]) == (30, 30)

@@ -3,8 +3,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bsnas.engine.presets import imagenet_space
 from bsnas.engine.space.sampling import uniform_arch
+from bsnas.engine.space.spaces import space_named
 from bsnas.search.algorithms.variation import crossover, mutate
 from tests.search.spaces import random_space
 
@@ -19,7 +19,7 @@ def test_children_stay_inside_shrunk_spaces(rng):
 
 
 def test_crossover_takes_every_gene_from_a_parent():
-    space = imagenet_space()
+    space = space_named("imagenet")
     rng = random.Random(0)
     parents = [uniform_arch(space, rng) for _ in range(2)]
     children = [crossover(space, parents, rng) for _ in range(200)]
@@ -37,7 +37,7 @@ def test_crossover_takes_every_gene_from_a_parent():
 
 
 def test_mutation_redraws_a_tenth_of_the_genes():
-    space = imagenet_space()
+    space = space_named("imagenet")
     rng = random.Random(0)
     changed = 0
     for _ in range(2000):
@@ -49,7 +49,7 @@ def test_mutation_redraws_a_tenth_of_the_genes():
 
 
 def test_equal_generators_give_equal_children():
-    space = imagenet_space()
+    space = space_named("imagenet")
     parents = [uniform_arch(space, random.Random(seed)) for seed in (1, 2)]
     assert crossover(space, parents, random.Random(3)) == crossover(space, parents, random.Random(3))
     assert mutate(space, parents[0], random.Random(3), 0.5) == mutate(space, parents[0], random.Random(3), 0.5)

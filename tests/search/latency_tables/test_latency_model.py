@@ -76,13 +76,13 @@ def test_stacks_have_the_widths_and_shortcuts_of_released_networks():
     arch = uniform_arch(space, random.Random(1))
     network = Subnet(space, arch)
     for part, block in zip(table.parts(arch)[1:-1], network.blocks, strict=True):
-        (copy,) = [m for m in stack(space, part, 1).modules() if type(m) is type(block)]
+        (copy,) = [m for m in stack(part, 1).modules() if type(m) is type(block)]
         assert copy.residual == block.residual
         assert [p.shape for p in copy.parameters()] == [p.shape for p in block.parameters()]
     for part in (table.parts(arch)[0], table.parts(arch)[-1]):
-        one, three = (sum(p.numel() for p in stack(space, part, n).parameters()) for n in (1, 3))
+        one, three = (sum(p.numel() for p in stack(part, n).parameters()) for n in (1, 3))
         assert three == 3 * one
-        assert stack(space, part, 3)(torch.randn(2, *part.input_shape)).shape == (2, part.widths[-1])
+        assert stack(part, 3)(torch.randn(2, *part.input_shape)).shape == (2, part.plans[-1].layers[-1].outputs)
 
 
 def networks(parts: int, count: int, noise: float, seed: int = 0):

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bsnas.engine.presets import imagenet_space, mobilenet_v2_space
 from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.sampling import fair_round
+from bsnas.engine.space.spaces import space_named
 from bsnas.search.latency_tables.model import find_model
 from bsnas.search.report import ReportArguments, write
 from bsnas.search.reporting.accuracy import bin_edges
@@ -170,7 +170,7 @@ def test_a_search_is_written_for_tensorboard_once(run: Path) -> None:
 
 def test_mobilenet_v2_is_drawn_as_it_is() -> None:
     """Its first block is no choice of our spaces but the stem's separable block; all others are the preset's."""
-    space = mobilenet_v2_space()
+    space = space_named("mobilenet-v2")
     arch = fair_round(space, 0, 0)[0]
     expected = [bar[:4] for bar in bars_of(space, arch)]
     first, *others = [bar[:4] for bar in mobilenet_bars()]
@@ -243,7 +243,7 @@ def test_two_runs_are_compared_with_differences_marked(run: Path, tmp_path: Path
 @pytest.mark.slow
 def test_a_run_of_the_papers_size_is_quick_and_small(tmp_path: Path) -> None:
     """6,400 subnets scored by shrink steps and 1,575 by the search: below 5 MB, and below 10 s of one quiet core."""
-    path = finished_run(tmp_path / "run", imagenet_space(), PAPER)
+    path = finished_run(tmp_path / "run", space_named("imagenet"), PAPER)
     assert sum(len(step.archs) for step in RunFacts(path).shrink_steps) >= 6400
     command = [sys.executable, str(ROOT / "search/report.py"), "--run", str(path), "--json", str(tmp_path / "f.json")]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
