@@ -38,12 +38,12 @@ from bsnas.engine.host.distributed import start_process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.limited_sampling import Sampler
+from bsnas.engine.space.limits import Limit
+from bsnas.engine.space.problem import Problem
 from bsnas.engine.space.space import Space
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, ranked
-from bsnas.search.algorithms.limits import Limit
 from bsnas.search.algorithms.nsga2 import hypervolume, pareto_front
-from bsnas.search.algorithms.problem import Problem
-from bsnas.search.algorithms.sampler import Sampler
 from bsnas.search.latency_tables.model import find_model
 from bsnas.search.runs.finalists import NOISE, LatencyTable, measured_ms
 from bsnas.search.runs.search import Evaluate, generations

@@ -45,10 +45,10 @@ from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir, read_json, write_json
 from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.limits import Limit, parse_count
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.engine.training.supernet import SupernetTraining
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.algorithms.limits import Limit, parse_count
 
 NAMES = (*(cell.name for cell in CELLS), *BASELINES)
 

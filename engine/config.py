@@ -13,6 +13,8 @@ from pydantic import PlainSerializer, PlainValidator, TypeAdapter, ValidationErr
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.arch import BlockOp, Operation
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.limits import Limit, check_reachable, parse_count
 from bsnas.engine.space.space import Sharing, Space
 
 Config = TypeVar("Config")
@@ -72,6 +74,10 @@ class ShrinkConfig:
     """Most operations that a block keeps at each step (N_r); empty trains without shrinking."""
     models_per_operation: int = 200
     """Subnets drawn at a step for each operation of a block (M)."""
+    models_most: int | None = None
+    """Most subnets drawn at a step, however many operations there are; by default no limit."""
+    macs: tuple[str, str] | None = None
+    """Multiply-adds, as 10M 40M, inside which a step draws its subnets and keeps networks reachable."""
     bn: Literal["running", "recalibrate"] = "running"
     """Batch normalisation of scored subnets: statistics kept in training, or recomputed for each subnet."""
     confidence: float | None = None
@@ -88,8 +94,20 @@ class ShrinkConfig:
                 f"first epochs {self.first_epochs}, interval epochs {self.interval_epochs}, models per operation "
                 f"{self.models_per_operation}: each must be at least 1"
             )
+        if self.models_most is not None and self.models_most < 3:
+            raise UserError(f"models most {self.models_most}: a step compares thirds; give at least 3, or none")
+        self.macs_limit  # noqa: B018 - raises for what is no limit
         if any(keep < 1 for keep in self.keep) or list(self.keep) != sorted(set(self.keep), reverse=True):
             raise UserError(f"keep {self.keep}: give falling numbers of at least 1, as 9 5 3")
+
+    @property
+    def macs_limit(self) -> Limit | None:
+        return Limit("macs", *map(parse_count, self.macs)) if self.macs else None
+
+    def models(self, operations: int) -> int:
+        """Subnets that a step draws where the largest block has so many operations."""
+        wanted = operations * self.models_per_operation
+        return wanted if self.models_most is None else min(wanted, self.models_most)
 
     @property
     def total_epochs(self) -> int:
@@ -180,6 +198,8 @@ class RunConfig:
                 f"warmup of {self.optimizer.warmup_epochs} epochs in a training of {self.shrink.total_epochs}; "
                 "set --optimizer.warmup-epochs lower"
             )
+        if limit := self.shrink.macs_limit:
+            check_reachable((limit,), {"macs": CostModel(self.space).macs.range()})
         if self.data.resolution != self.space.resolution:
             raise UserError(
                 f"data resolution {self.data.resolution} and space resolution {self.space.resolution} differ; "

@@ -13,6 +13,7 @@ from bsnas.engine.config import (
 )
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.space.space import Space
 from bsnas.engine.space.spaces import space_named
 
 
@@ -58,6 +59,36 @@ def fashion_mnist() -> RunConfig:
     )
 
 
+def cifar10() -> RunConfig:
+    """CIFAR-10's 60,000 images at 32x32, downloaded by torchvision.
+
+    `deepspeed engine/train.py --preset cifar10 --run runs/cifar10`; images of your own in a directory with
+    `--data.source folder --data.path DIRECTORY`. For limits of 10 to 40 M MACs.
+    """
+    return RunConfig(
+        preset="cifar10",
+        space=space_named("cifar10"),
+        data=DataConfig(
+            source="cifar10",
+            resolution=32,
+            val_per_class=500,
+            augment="pad-crop",
+            pad=4,
+            flip=True,
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.247, 0.2435, 0.2616),
+        ),
+        sharing="nested",
+        sampling=SamplingConfig(update="path", batches="fresh"),
+        optimizer=OptimizerConfig(batch_size=128, learning_rate=0.1, warmup_epochs=2),
+        shrink=ShrinkConfig(
+            first_epochs=30, interval_epochs=15, keep=(14, 7), models_per_operation=20, bn="recalibrate"
+        ),
+        retrain=RetrainConfig(epochs=60, learning_rate=0.1, batch_size=128),
+        evaluation=EvaluationConfig(recalibration_images=256),
+    )
+
+
 def imagenet() -> RunConfig:
     """ImageNet with the paper's numbers (Table 1, sections 3.2 and 4.1).
 
@@ -86,6 +117,7 @@ def imagenet() -> RunConfig:
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
+    "cifar10": cifar10,
     "imagenet": imagenet,
 }
 
@@ -95,6 +127,12 @@ def preset(name: str) -> RunConfig:
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; allowed are {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+def with_space(config: RunConfig, space: Space) -> RunConfig:
+    """A preset for another space: resolution and channels of the images follow it."""
+    data = at_channels(at_resolution(config, space.resolution), space.input_channels).data
+    return replace(config, space=space, data=data)
 
 
 def at_resolution(config: RunConfig, pixels: int) -> RunConfig:

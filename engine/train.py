@@ -2,6 +2,7 @@
 
 deepspeed engine/train.py --preset digits --run runs/digits
 deepspeed engine/train.py --preset imagenet --data.path /data/imagenet --run runs/imagenet
+deepspeed engine/train.py --space my-space.toml --preset digits --run runs/mine
 deepspeed engine/train.py --run runs/digits --resume
 """
 
@@ -26,15 +27,21 @@ from bsnas.engine.config import RunConfig, SafetyConfig
 from bsnas.engine.data.dataset import open_dataset
 from bsnas.engine.host.distributed import entered_by_main, on_main, start_process
 from bsnas.engine.host.script import force_kernels, load_deepspeed_overrides, option, parse, run, write_figures
-from bsnas.engine.presets import at_channels, at_resolution, preset
+from bsnas.engine.presets import at_channels, at_resolution, preset, with_space
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.space.space_file import space_text
+from bsnas.engine.space.spaces import space_at
 from bsnas.engine.training.supernet import SupernetTraining
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    space_file: Annotated[Path | None, tyro.conf.arg(name="space")] = None
+    """TOML file of a search space in place of the preset's; one of the package by its name, as nas-bench-macro."""
+    show_space: bool = False
+    """Write the search space as such a file to the output, and train nothing."""
     run: Path | None = None
     """Run directory; by default runs/PRESET."""
     resume: bool = False
@@ -54,6 +61,9 @@ def main() -> None:
     argv = sys.argv[1:]
     default = TrainArguments(config=_starting_config(argv))
     arguments = parse(TrainArguments, __doc__, argv, default)
+    if arguments.show_space:
+        print(space_text(arguments.config.space), end="")
+        return
     if arguments.show is not None:
         show_augmented(arguments.config, arguments.show)
         return
@@ -72,8 +82,11 @@ def main() -> None:
 
 
 def _starting_config(argv: list[str]) -> RunConfig:
-    """The preset that the options change. Its space follows the resolution and the channels of the images."""
+    """The preset that the options change, with the space of --space. Images follow a space that is given, and the
+    space the resolution and the channels of images that are given."""
     config = preset(option(argv, "preset") or "digits")
+    if given := option(argv, "space"):
+        config = with_space(config, space_at(given))
     for name, adapt in (("resolution", at_resolution), ("channels", at_channels)):
         given = option(argv, f"data.{name}")
         if given and given.isdecimal() and int(given):  # anything else is left to the parser

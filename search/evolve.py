@@ -31,10 +31,10 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.space.limited_sampling import check_limits
+from bsnas.engine.space.limits import Limit, parse_count
+from bsnas.engine.space.problem import OBJECTIVES, Problem
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.algorithms.limits import Limit, parse_count
-from bsnas.search.algorithms.problem import OBJECTIVES, Problem
-from bsnas.search.algorithms.sampler import check_limits
 from bsnas.search.latency_tables.model import LatencyModel, find_model
 
 MOST_FINALISTS = 12

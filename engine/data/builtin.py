@@ -1,4 +1,4 @@
-"""Where images come from: a directory, Fashion-MNIST or scikit-learn's digits, all in ImageFolder layout.
+"""Where images come from: a directory, CIFAR-10, Fashion-MNIST or scikit-learn's digits, all in ImageFolder layout.
 
 The built-in sources are written once into the cache directory, under a lock and by one rename, so any number
 of processes may ask at once and an interrupted one leaves nothing half done.
@@ -33,7 +33,7 @@ FASHION_CLASSES = (
 DIGITS_TEST_SHARE = 0.2
 DIGITS_SEED = 2020
 
-Source = Literal["digits", "fashion-mnist", "folder"]
+Source = Literal["digits", "fashion-mnist", "cifar10", "folder"]
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
@@ -44,6 +44,8 @@ def prepare_source(source: Source, path: str | None, cache: Path) -> Path:
         return build_directory(cache / "digits", _write_digits)
     if source == "fashion-mnist":
         return build_directory(cache / "fashion-mnist", _write_fashion_mnist)
+    if source == "cifar10":
+        return build_directory(cache / "cifar10", _write_cifar10)
     root = Path(path or "").expanduser()
     if not root.is_dir():
         raise UserError(
@@ -90,6 +92,24 @@ def _download_fashion_mnist(directory: Path) -> Path:
             "install Debian's package dataset-fashion-mnist or connect to the network"
         ) from None
     return directory / "FashionMNIST" / "raw"
+
+
+def _write_cifar10(directory: Path) -> None:
+    """60,000 images of 32x32 as PNG, from torchvision's download."""
+    from torchvision.datasets import CIFAR10
+
+    raw = directory / "raw"
+    try:
+        parts = {part: CIFAR10(str(raw), train=part == "train", download=True) for part in ("train", "val")}
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"CIFAR-10 could not be downloaded ({error}); connect to the network, or give a directory of "
+            "train/CLASS/IMAGE and val/CLASS/IMAGE with --data.source folder --data.path DIRECTORY"
+        ) from None
+    for part, data in parts.items():
+        names = tuple(f"{label}_{name}" for label, name in enumerate(data.classes))
+        _write_images(directory / part, data.data, np.array(data.targets, np.int64), names, ".png")
+    shutil.rmtree(raw)
 
 
 def _read_idx(path: Path) -> Images:

@@ -30,7 +30,8 @@ class DataConfig:
     """Which images, how they are split, and how they are decoded and augmented."""
 
     source: Source = "digits"
-    """digits: scikit-learn's, embedded; fashion-mnist: Debian's package or a download; folder: see `path`."""
+    """digits: scikit-learn's, embedded; fashion-mnist: Debian's package or a download; cifar10: a download; folder: see
+    `path`."""
     path: str | None = None
     """Directory of train/CLASS/IMAGE and val/CLASS/IMAGE, or one made by engine/prepare.py (source folder only)."""
     resolution: int = 16

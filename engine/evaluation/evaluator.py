@@ -31,6 +31,7 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.preemption import deferred
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.canonical import canonical
 
 BatchNormMode = Literal["running", "recalibrate"]
 """Which statistics score a subnet.
@@ -110,6 +111,7 @@ class Evaluator:
         Raises `UserError` for an architecture outside the supernet's space, or when one image does not fit in memory.
         """
         images = len(self.data)
+        archs = self._canonical(archs)
         with self._counting("evaluating subnets", archs) as counting:
             while seen := {arch: tally.seen for arch, tally in counting.tallies.items() if tally.seen < images}:
                 # Those that a killed evaluation left furthest behind catch up first; then all go on together.
@@ -128,21 +130,27 @@ class Evaluator:
             raise UserError(f"confidence {confidence} is no confidence; give a number between 0.5 and 1, as 0.999")
         if self.recalibration is not None:
             raise UserError("early decisions need bn running; evaluate all images to score with bn recalibrate")
+        archs = self._canonical(archs)
         with self._counting("placing subnets", archs) as counting:
             return place_early(archs, quotas, confidence, len(self.data), counting.tallies, counting.add)
 
     def seen_so_far(self, archs: Sequence[Arch]) -> list[Score]:
         """What is stored of architectures that `place` has seen, on the images that each saw; nothing is computed."""
+        archs = self._canonical(archs)
         tallies = self._known(self._key(), archs)
         return [self._score(tallies[arch]) for arch in archs]
+
+    def _canonical(self, archs: Sequence[Arch]) -> list[Arch]:
+        """Texts that mean the same network are scored as one. Raises `UserError` for one outside the space."""
+        for arch in archs:
+            self.supernet.space.check(arch)
+        return [canonical(self.supernet.space, arch) for arch in archs]
 
     # ---- one call
 
     @contextmanager
     def _counting(self, title: str, archs: Sequence[Arch]) -> Iterator[Counting]:
         """What is known of the architectures, and the means to know more."""
-        for arch in archs:
-            self.supernet.space.check(arch)
         key = self._key()
         tallies = self._known(key, archs)
         missing = sum(len(self.data) - tally.seen for tally in tallies.values())

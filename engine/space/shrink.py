@@ -6,7 +6,11 @@ Pure functions: scored architectures in, importance of every operation and a sma
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.arch import Arch, Operation
+from bsnas.engine.space.limited_sampling import check_limits
+from bsnas.engine.space.limits import Limit
+from bsnas.engine.space.problem import Problem
 from bsnas.engine.space.space import Space
 
 Importance = tuple[dict[Operation, float], ...]
@@ -59,6 +63,34 @@ def shrink(space: Space, ratios: Importance, keep: int) -> Space:
             missing = surviving - {op.channels for op in mine}
             mine += [_best({op: r for op, r in ratios[i].items() if op.channels == c}, 1)[0] for c in missing]
             live.append([op for op in space.live[i] if op in mine])
+    return space.with_live(live)
+
+
+def shrink_inside(space: Space, ratios: Importance, keep: int, limit: Limit) -> Space:
+    """`shrink`, but a space that still has a network inside a limit.
+
+    Where the step would leave none, every block keeps more of its best operations, whatever their R_i: as few more as
+    leave one. Raises `UserError` when the space itself has none.
+    """
+    after = shrink(space, ratios, keep)
+    for least in range(1, space.max_live + 1):
+        try:
+            check_limits(Problem.of(after, (limit,)))
+        except UserError:
+            after = _with_best(space, ratios, after, least)
+        else:
+            return after
+    check_limits(Problem.of(after, (limit,)))
+    return after
+
+
+def _with_best(space: Space, ratios: Importance, after: Space, count: int) -> Space:
+    """A shrunk space with the best `count` operations of every block and channel number alive again."""
+    live = []
+    for block, kept in enumerate(after.live):
+        ranked = sorted(space.live[block], key=lambda op: -ratios[block][op])
+        again = {op for c in {op.channels for op in ranked} for op in [o for o in ranked if o.channels == c][:count]}
+        live.append([op for op in space.live[block] if op in again or op in kept])
     return space.with_live(live)
 
 

@@ -16,17 +16,21 @@ A cluster of one row may hold the row's keys itself. Errors name the line.
 """
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import tomllib
-
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.space import Space
 from bsnas.engine.space.table import Cluster, Row, TableError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 NETWORK = ("resolution", "input_channels", "classes", "springs")
 ROW = {field.name: field for field in fields(Row)}
@@ -44,7 +48,7 @@ def read_space(file: Path | str) -> Space:
         text = Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise UserError(f"space {file} cannot be read: {reason}; give a TOML file as --show-space writes") from None
+        raise UserError(f"space {file} cannot be read: {reason}; give a TOML file as --show-space writes it") from None
     return parse_space(text, str(file))
 
 

@@ -21,8 +21,11 @@ from bsnas.engine.host.precision import default_precision
 from bsnas.engine.networks.supernet import Supernet, crop_to
 from bsnas.engine.runs.rundir import RunDir, write_json
 from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.limited_sampling import archs_inside
+from bsnas.engine.space.limits import format_count
 from bsnas.engine.space.sampling import fair_archs, fair_round, uniform_arch, uniform_round
-from bsnas.engine.space.shrink import importance, importance_to_json, shrink
+from bsnas.engine.space.shrink import importance, importance_to_json, shrink, shrink_inside
 from bsnas.engine.space.space import Space
 from bsnas.engine.training.loop import Numbers, Part, Step, Training, Weights
 from bsnas.engine.training.step_scores import score_thirds
@@ -184,13 +187,12 @@ class SupernetTraining(Training):
         keep = self.config.shrink.keep[step]
         before = self.space
         self.probe(f"before step {step + 1}")
-        archs = fair_archs(
-            before, self.config.seed + step + 1, before.max_live * self.config.shrink.models_per_operation
-        )
+        archs, limit = self._models_of_step(step), self.config.shrink.macs_limit
         self.reporter.say(f"shrink step {step + 1}: scoring {len(archs)} subnets to keep {keep} operations per block")
         scores = score_thirds(self.evaluator(), archs, self.config.shrink.confidence)
         ratios = importance(before, archs, scores.ranks)
-        after = shrink(before, ratios, keep)
+        after = shrink_inside(before, ratios, keep, limit) if limit else shrink(before, ratios, keep)
+        self._warn_of_lost_range(before, after)
         if self.log is not None:
             self.log.distribution("shrink/top1", scores.top1, self.progress.epoch)
             self.log.distribution("shrink/R", [r for block in ratios for r in block.values()], self.progress.epoch)
@@ -213,6 +215,23 @@ class SupernetTraining(Training):
             f"shrink step {step + 1}: {before.num_architectures:.3g} -> {after.num_architectures:.3g} architectures"
         )
         self.probe(f"after step {step + 1}")
+
+    def _models_of_step(self, step: int) -> list[Arch]:
+        """Fair paths (Algorithm 1, lines 5-8), or random ones inside the budget of MACs where there is one."""
+        schedule, seed = self.config.shrink, self.config.seed + step + 1
+        count = schedule.models(self.space.max_live)
+        if schedule.macs_limit is None:
+            return fair_archs(self.space, seed, count)
+        return archs_inside(self.space, schedule.macs_limit, seed, count)
+
+    def _warn_of_lost_range(self, before: Space, after: Space) -> None:
+        """Say so when a step without a budget leaves less than four fifths of the range of MACs."""
+        (low, high), (new_low, new_high) = (CostModel(space).macs.range() for space in (before, after))
+        if self.config.shrink.macs is None and new_high - new_low < 0.8 * (high - low):
+            self.reporter.say(
+                f"the step leaves {format_count(new_low)} to {format_count(new_high)} of {format_count(low)} to "
+                f"{format_count(high)} multiply-adds; a budget stays reachable with --shrink.macs LOW HIGH"
+            )
 
     def _shrink_to(self, space: Space) -> None:
         """Replace supernet and optimizer by smaller ones with the same values; what is dropped leaves memory."""

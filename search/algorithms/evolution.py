@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.arch import Arch
-from bsnas.search.algorithms.problem import Problem
-from bsnas.search.algorithms.sampler import Sampler
+from bsnas.engine.space.canonical import canonical
+from bsnas.engine.space.limited_sampling import Sampler
+from bsnas.engine.space.problem import Problem
 from bsnas.search.algorithms.variation import crossover, mutate
 
 PATIENCE = 300
@@ -116,7 +117,7 @@ def new_ones(propose: Callable[[], Arch], count: int, problem: Problem, taken: s
     found: list[Arch] = []
     misses = 0
     while len(found) < count and misses < PATIENCE:
-        arch = propose()
+        arch = canonical(problem.space, propose())
         if arch in taken or not problem.allows(arch):
             misses += 1
             continue

@@ -14,9 +14,9 @@ from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_dis
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.limited_sampling import Sampler
+from bsnas.engine.space.limits import Ranges
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, new_ones
-from bsnas.search.algorithms.limits import Ranges
-from bsnas.search.algorithms.sampler import Sampler
 from bsnas.search.algorithms.variation import crossover, mutate
 
 

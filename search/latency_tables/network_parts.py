@@ -79,10 +79,15 @@ class PartTable:
     def tail(self, channels: int) -> Part:
         return Part("tail", self.space.tail_plans(channels), channels, self._sizes[-1], self.space.classes)
 
+    def named_parts(self, arch: Arch) -> list[tuple[str, Part]]:
+        """The parts of an architecture in network order, with their places; blocks that are nothing are left out."""
+        blocks = [(f"block {place[0] + 1}", self.block(*place)) for place in places_of(self.space, arch)]
+        named = [("stem", self.stem), *blocks, ("tail", self.tail(arch.channels[-1]))]
+        return [(name, part) for name, part in named if part is not None]
+
     def parts(self, arch: Arch) -> tuple[Part, ...]:
         """The parts of an architecture in network order."""
-        blocks = (self.block(*place) for place in places_of(self.space, arch))
-        return tuple(part for part in (self.stem, *blocks, self.tail(arch.channels[-1])) if part is not None)
+        return tuple(part for _, part in self.named_parts(arch))
 
     def all_parts(self) -> list[Part]:
         """Every form that a live architecture can have, each once, in network order."""

@@ -28,12 +28,11 @@ def block_rows(run: RunFacts) -> list[Row]:
     except UserError as error:
         run.damaged.append(str(error))
         return []
-    parts = PartTable(run.space).parts(run.chosen)
-    names = ["stem", *(f"block {number}" for number in range(1, len(parts) - 1)), "tail"]
+    parts = PartTable(run.space).named_parts(run.chosen)
     table = run.latency_tables[-1].stem
     return [
         {"part": name, "form": str(part), "ms": model.parts[str(part)].ms, "table": table}
-        for name, part in zip(names, parts, strict=True)
+        for name, part in parts
         if str(part) in model.parts
     ]
 

@@ -12,10 +12,10 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.release.onnx import Precision
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import Cost
+from bsnas.engine.space.limits import Limit
+from bsnas.engine.space.problem import Problem
 from bsnas.engine.space.space import Space
 from bsnas.search.algorithms.evolution import Candidate
-from bsnas.search.algorithms.limits import Limit
-from bsnas.search.algorithms.problem import Problem
 from bsnas.search.backends import BACKENDS, CannotRun, Hardware
 from bsnas.search.latency_tables.bench import LatencyBench, base_ms
 from bsnas.search.latency_tables.model import LatencyModel, refuse_other_device

@@ -21,9 +21,9 @@ from bsnas.engine.host.distributed import Process, on_main
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.rundir import RunDir, read_json, write_json
 from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.problem import Problem
 from bsnas.engine.space.space import Space
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, Generation
-from bsnas.search.algorithms.problem import Problem
 
 
 @dataclass(frozen=True)

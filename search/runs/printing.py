@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bsnas.engine.space.limits import Limit, format_cost, format_count
 from bsnas.search.algorithms.evolution import Candidate, Generation
-from bsnas.search.algorithms.limits import Limit, format_cost, format_count
 
 
 def print_generation(

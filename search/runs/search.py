@@ -14,6 +14,8 @@ from functools import partial
 
 from bsnas.engine.evaluation.evaluator import Score
 from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.limited_sampling import Sampler
+from bsnas.engine.space.problem import Problem
 from bsnas.search.algorithms.evolution import (
     Candidate,
     EvolutionConfig,
@@ -23,8 +25,6 @@ from bsnas.search.algorithms.evolution import (
     ranked,
 )
 from bsnas.search.algorithms.nsga2 import breed_front, pareto_front
-from bsnas.search.algorithms.problem import Problem
-from bsnas.search.algorithms.sampler import Sampler
 from bsnas.search.runs.history import History
 from bsnas.search.runs.printing import print_generation
 

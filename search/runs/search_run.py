@@ -11,10 +11,10 @@ from bsnas.engine.evaluation.evaluator import BatchNormMode, Evaluator, Score, w
 from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import on_main
 from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.limits import Limit
+from bsnas.engine.space.problem import Problem
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.algorithms.limits import Limit
 from bsnas.search.algorithms.nsga2 import hypervolume
-from bsnas.search.algorithms.problem import Problem
 from bsnas.search.runs.finalists import LatencyTable, evenly_spaced, time_finalists
 from bsnas.search.runs.history import History
 from bsnas.search.runs.printing import print_result

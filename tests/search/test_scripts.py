@@ -23,8 +23,8 @@ from bsnas.engine.release.saved_network import save_network
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.limits import Limit
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.algorithms.limits import Limit
 from bsnas.search.evolve import EvolveArguments
 from bsnas.search.runs.history import History
 from bsnas.search.runs.search_run import search_run

@@ -15,11 +15,11 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.space.arch import Arch, BlockOp
 from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.limited_sampling import Sampler
+from bsnas.engine.space.limits import Limit
 from bsnas.engine.space.mobile import mobile_cluster
+from bsnas.engine.space.problem import Problem
 from bsnas.engine.space.space import Space
-from bsnas.search.algorithms.limits import Limit
-from bsnas.search.algorithms.problem import Problem
-from bsnas.search.algorithms.sampler import Sampler
 
 MOBILENET_V2_CHANNELS = (24, 32, 64, 96, 160, 320)
 """Output channels of MobileNetV2's stages with expansion 6 (arXiv 1801.04381, table 2)."""

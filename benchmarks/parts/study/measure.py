@@ -12,12 +12,12 @@ from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.space.arch import Arch
+from bsnas.engine.space.limited_sampling import check_limits
+from bsnas.engine.space.limits import Limit
+from bsnas.engine.space.problem import Problem
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.engine.space.space import Space
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.algorithms.limits import Limit
-from bsnas.search.algorithms.problem import Problem
-from bsnas.search.algorithms.sampler import check_limits
 from bsnas.search.runs.search_run import search_run
 
 MODES: tuple[BatchNormMode, ...] = ("running", "recalibrate")

@@ -13,6 +13,11 @@ def space_names() -> list[str]:
     return sorted(file.stem for file in _DIRECTORY.glob("*.toml"))
 
 
+def space_at(place: str) -> Space:
+    """The space of a TOML file, or the package's of that name. Raises `UserError` when there is neither."""
+    return space_named(place) if place in space_names() and not Path(place).exists() else read_space(place)
+
+
 def space_named(name: str) -> Space:
     """The space of that name. Raises `UserError` for an unknown one."""
     if name not in space_names():

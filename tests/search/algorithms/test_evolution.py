@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.limits import Limit
+from bsnas.engine.space.problem import Problem
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.engine.space.space import Space
 from bsnas.engine.space.spaces import space_named
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, accuracy_front, ranked
-from bsnas.search.algorithms.limits import Limit
-from bsnas.search.algorithms.problem import Problem
 from bsnas.search.runs.search import generations
 from tests.search.spaces import all_archs, random_space
 

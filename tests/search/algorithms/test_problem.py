@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bsnas.engine.host.errors import UserError
-from bsnas.search.algorithms.limits import Limit, format_count, parse_count
+from bsnas.engine.space.limits import Limit, format_count, parse_count
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 from bsnas.engine.evaluation.evaluator import Evaluator
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.problem import Problem
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.search.algorithms.evolution import EvolutionConfig, accuracy_front, ranked
-from bsnas.search.algorithms.problem import Problem
 from bsnas.search.evolve import EvolveArguments
 from bsnas.search.runs.search import generations
 from bsnas.search.runs.search_run import Race

@@ -19,13 +19,13 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.runs.rundir import RunDir, read_json
 from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.limited_sampling import Sampler, check_limits
+from bsnas.engine.space.limits import Limit, format_cost
+from bsnas.engine.space.problem import Problem
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.engine.space.spaces import space_named
 from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig
-from bsnas.search.algorithms.limits import Limit, format_cost
 from bsnas.search.algorithms.nsga2 import hypervolume, pareto_front, survivors
-from bsnas.search.algorithms.problem import Problem
-from bsnas.search.algorithms.sampler import Sampler, check_limits
 from bsnas.search.evolve import EvolveArguments, refuse_unreachable
 from bsnas.search.latency import LatencyTableArguments, measure_table
 from bsnas.search.latency_tables.model import LatencyModel

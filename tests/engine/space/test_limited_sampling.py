@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.limited_sampling import Sampler, check_limits, counted_from_reference
+from bsnas.engine.space.limits import Limit, parse_count
+from bsnas.engine.space.problem import Problem
 from bsnas.engine.space.sampling import uniform_arch
 from bsnas.engine.space.spaces import space_named
-from bsnas.search.algorithms.limits import Limit, parse_count
-from bsnas.search.algorithms.problem import Problem
-from bsnas.search.algorithms.sampler import Sampler, check_limits, counted_from_reference
 from tests.search.spaces import all_archs, random_space
 
 

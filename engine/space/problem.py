@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import Cost, CostModel
+from bsnas.engine.space.limits import Limit
 from bsnas.engine.space.space import Space
-from bsnas.search.algorithms.limits import Limit
 
 OBJECTIVES = {"macs": "macs", "params": "params", "memory": "activation_bytes", "latency": "latency_ms"}
 """Costs that a search can minimise, and the names they are stored under."""

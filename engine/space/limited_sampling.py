@@ -13,7 +13,7 @@ draw there. Terms are rounded to whole cells, so a draw may miss a limit by a fe
 
 import random
 from functools import reduce
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.arch import Arch, BlockOp
 from bsnas.engine.space.cost import Cost, Place, links
+from bsnas.engine.space.limits import Limit, check_reachable, unreachable
+from bsnas.engine.space.problem import Problem
 from bsnas.engine.space.sampling import uniform_arch
-from bsnas.search.algorithms.limits import Limit, check_reachable, unreachable
-from bsnas.search.algorithms.problem import Problem
+from bsnas.engine.space.space import Space
 
 Link = tuple[int, int]
 """The channels before and after a block."""
@@ -34,12 +35,28 @@ Mass = NDArray[np.float64]
 """Probability per grid cell, one axis per limited sum."""
 
 _GRID_CELLS = 2**18
+_DRAWS = 20
+"""Draws for each wanted architecture."""
 _MAX_AXIS_CELLS = 4096
 
 
 def check_limits(problem: Problem) -> None:
     """Raise `UserError` with the reachable ranges when no architecture keeps the limits, up to the grid's rounding."""
     Sampler(problem)
+
+
+def archs_inside(space: Space, limit: Limit, seed: int, count: int) -> list[Arch]:
+    """Random architectures that keep a limit, equal for equal arguments.
+
+    Raises `UserError` with the reachable range when there are none.
+    """
+    problem, rng = Problem.of(space, (limit,)), random.Random(f"{seed}/inside")
+    sampler = Sampler(problem)
+    drawn = (sampler.draw(rng) for _ in range(_DRAWS * count))
+    archs = list(islice((arch for arch in drawn if problem.allows(arch)), count))
+    if not archs:
+        raise sampler.nothing_found()
+    return archs
 
 
 class Sampler:
