@@ -246,13 +246,12 @@ def read_config(data: Any, source: Path) -> RunConfig:
 
 def _of_this_form(space: Any) -> Any:
     """The JSON of a space as files hold it now, whichever version wrote it. Raises `UserError` when it is none."""
-    if "table" in space:
-        return space
     live = [
         [op if isinstance(op, str) else str(Operation(BlockOp(*op[:-1]), op[-1])) for op in ops]
         for ops in space["live"]
     ]
-    return Space.from_json({**space, "live": live}).to_json()
+    space = {**space, "live": live}
+    return space if "table" in space else Space.from_json(space).to_json()
 
 
 def _lost(given: Any, taken: Any, where: str) -> str | None:

@@ -18,12 +18,14 @@ from tests import ROOT
 
 PACKAGES = ("kernels", "engine", "search", "benchmarks", "tests")
 ORDER = {
-    "kernels": ("block", "reference", "graphs", "cpu", "gpu", "backends", "training", "inference", "tools"),
+    "kernels": ("plan", "block", "reference", "graphs", "cpu", "gpu", "backends", "training", "inference", "tools"),
     "engine": (
         "host", "space", "networks", "data", "config", "presets", "runs", "checkpoints", "evaluation", "training",
         "release", "prepare", "train", "retrain", "export", "status",
     ),
-    "search": ("backends", "latency_tables", "algorithms", "runs", "reporting", "latency", "evolve", "report"),
+    "search": ("backends", "latency_tables", "algorithms", "runs", "reporting", "run_time", "latency", "evolve",
+        "report", "space",
+    ),
 }  # fmt: skip
 """The folders and modules of each package, each before what may import it."""
 NO_TORCH = (

@@ -114,7 +114,8 @@ class SupernetBlock(nn.Module):
         self.weights = nn.ModuleDict({key: SharedWeights(_largest(convs)) for key, convs in layers.items()})
         # Found once: walking through the modules took 10 ms in every round of the imagenet preset's 18 paths.
         self._blocks = {key: self._block(*key) for key in self.variants}
-        self._active = {key: self._parameters_of(block) for key, block in self._blocks.items()}
+        self.active = {key: _parameters_of([block]) for key, block in self._blocks.items()}
+        """The parameters that an operation uses that reads so many channels."""
 
     def _block(self, op: Operation, inputs: int) -> Block:
         plan = self.variants[op, inputs]
@@ -123,18 +124,17 @@ class SupernetBlock(nn.Module):
         norms = [cast(nn.BatchNorm2d, norm) for norm in cast(nn.ModuleList, self.norms[self._norm_keys[op, inputs]])]
         return Block(plan, weights, norms)
 
-    @staticmethod
-    def _parameters_of(block: Block) -> list[nn.Parameter]:
-        weights = [cast(nn.Parameter, weight) for weight in block.weights.values()]
-        return [*weights, *(parameter for norm in block.norms for parameter in norm.parameters())]
-
     def block(self, op: Operation, inputs: int) -> Block:
         """Plan, full-size weights and norms of an operation that reads `inputs` channels."""
         return self._blocks[op, inputs]
 
-    def active_parameters(self, op: Operation, inputs: int) -> list[nn.Parameter]:
-        """The parameters that an operation uses."""
-        return self._active[op, inputs]
+
+def _parameters_of(blocks: Iterable[Block]) -> list[nn.Parameter]:
+    found: list[nn.Parameter] = []
+    for block in blocks:
+        found += [cast(nn.Parameter, weight) for weight in block.weights.values()]
+        found += [parameter for norm in block.norms for parameter in norm.parameters()]
+    return found
 
 
 class Supernet(nn.Module):
@@ -154,6 +154,9 @@ class Supernet(nn.Module):
         self.classifier = nn.Linear(space.classifier_inputs(max(ends)), space.classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
+        self._stem_and_classifier = [*_parameters_of(self.stem_blocks), *self.classifier.parameters()]
+        self._tails = {width: _parameters_of(self.tail_blocks(width)) for width in ends}
+        """Parameters of the tail per width that reaches it."""
 
     # ---- the parts, for whoever runs them in another way (evaluation, release)
 
@@ -179,17 +182,11 @@ class Supernet(nn.Module):
 
     def active_parameters(self, arch: Arch) -> list[nn.Parameter]:
         """The parameters that the path of `arch` uses; all others get no gradient."""
-        found: list[nn.Parameter] = []
-        inputs = self.space.input_channels
-        operations = [*self._only_operations(self.stem), *arch.operations]
-        for i, op in enumerate(operations):
-            j = i - len(self.stem)
-            found += cast(SupernetBlock, self.stem[i] if j < 0 else self.blocks[j]).active_parameters(op, inputs)
-            inputs = op.channels if j < 0 else self.space.supernet_width(j, op)
-        for block, op in zip(self.tail, self._only_operations(self.tail), strict=True):
-            found += cast(SupernetBlock, block).active_parameters(op, inputs)
-            inputs = op.channels
-        return [*found, *self.classifier.parameters()]
+        found, inputs = [*self._stem_and_classifier], self.space.entry_channels
+        for block, op, spring in zip(self.blocks, arch.operations, self.space.spring_widths, strict=True):
+            found += block.active[op, inputs]  # type: ignore[operator, index]
+            inputs = spring or op.channels
+        return [*found, *self._tails[inputs]]
 
     @staticmethod
     def _only_operations(blocks: Iterable[nn.Module]) -> list[Operation]:

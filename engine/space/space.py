@@ -63,7 +63,10 @@ class Space:
                     f"{name} of a space is {value!r:.40}; it must be a positive integer of at most {most}", name
                 )
         if sum(cluster.blocks for cluster in self.table) > MOST["blocks"]:
-            raise TableError(f"a space has at most {MOST['blocks']} blocks; give clusters with fewer", "blocks", 0)
+            most = max((row.blocks, j, n) for j, cluster in enumerate(self.table) for n, row in enumerate(cluster.rows))
+            raise TableError(
+                f"a space has at most {MOST['blocks']} blocks; give clusters with fewer", "blocks", *most[1:]
+            )
         if not self.live:
             object.__setattr__(self, "live", tuple(map(self._operations_of, range(self.num_blocks))))
         self._check_live()
@@ -278,11 +281,15 @@ class Space:
             before = op.channels
         return tuple(plans)
 
+    @cached_property
+    def spring_widths(self) -> tuple[int, ...]:
+        """Per searched block what it puts out in the supernet if that is fixed, else 0."""
+        widest = [max(self.clusters[j].channels) for j in self.block_cluster]
+        return tuple(widest[i] if self.is_spring(i) else 0 for i in range(self.num_blocks))
+
     def supernet_width(self, block: int, operation: Operation) -> int:
         """What a block puts out in the supernet: a spring block its cluster's largest option, else what is selected."""
-        if self.is_spring(block):
-            return max(self.clusters[self.block_cluster[block]].channels)
-        return operation.channels
+        return self.spring_widths[block] or operation.channels
 
     def supernet_inputs(self, block: int, channels: int) -> tuple[int, ...]:
         """The widths that a block can read in the supernet, ascending; the last block's successor is the tail."""
@@ -291,8 +298,8 @@ class Space:
             return (channels,)
         if block == 0:
             return (self.entry_channels,)
-        if self.is_spring(block - 1):
-            return (max(self.clusters[self.block_cluster[block - 1]].channels),)
+        if self.spring_widths[block - 1]:
+            return (self.spring_widths[block - 1],)
         return self.live_channels(self.block_cluster[block - 1])
 
     def expansion_base(self, block: int, inputs: int) -> int:

@@ -40,7 +40,9 @@ def test_the_fashion_mnist_spaces_search_five_clusters_in_all_three_dimensions(p
     space = base_config(preset, None, None).space
     assert space.resolution == 32
     assert len(space.clusters) == 5
-    assert all(len(c.channels) == len(c.kernels) == 3 and len(c.expansions) == 2 for c in space.clusters)
+    rows = [row for cluster in space.clusters for row in cluster.rows]
+    assert all(len(row.kernels) == 3 and len(row.expansions) == 2 for row in rows)
+    assert all(len(cluster.channels) == 3 for cluster in space.clusters)
 
 
 def test_fixed_channels_are_the_middle_ones():

@@ -34,7 +34,8 @@ from bsnas.engine.release.saved_network import FORMAT, load_network, save_networ
 from bsnas.engine.retrain import named_arch
 from bsnas.engine.runs.rundir import MAX_JSON_BYTES, read_json, write_json
 from bsnas.engine.space.mobile import mobile_cluster
-from bsnas.engine.space.space import MOST, MOST_OPERATIONS, Space
+from bsnas.engine.space.space import Space
+from bsnas.engine.space.table import MOST, MOST_OPERATIONS
 from tests.engine.tiny import ARCH, TINY, random_archs, tiny_space
 
 DAMAGES = ("cut off", "bit flipped", "empty", "missing")
@@ -351,11 +352,12 @@ def test_a_configuration_nested_too_deeply(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_tables_have_sizes_that_fit_in_memory() -> None:
     cluster = TINY.clusters[0]
-    for name in ("kernels", "expansions", "channels"):
+    (row,) = cluster.rows
+    for owner, name in ((row, "kernels"), (row, "expansions"), (cluster, "channels")):
         with pytest.raises(UserError, match=rf"{name} \(.*\) of a cluster: allowed are at most {MOST[name]}"):
-            replace(cluster, **{name: (MOST[name] + 2,)})
+            replace(owner, **{name: (MOST[name] + 2,)})
     with pytest.raises(UserError, match=r"a space has at most 1000 blocks; give clusters with fewer"):
-        tiny_space(clusters=(replace(cluster, blocks=600), replace(cluster, blocks=600)))
+        tiny_space(clusters=(replace(cluster, rows=(replace(row, blocks=600), replace(row, blocks=600))),))
     many = tuple(range(1, 1000))
     with pytest.raises(UserError, match=rf"a cluster has more than {MOST_OPERATIONS} operations; give fewer options"):
         mobile_cluster(blocks=1, kernels=(3, 5, 7, 9), expansions=(1, 2, 3), channels=many, stride=1)

@@ -23,7 +23,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -40,6 +39,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from bsnas.benchmarks.kernel_bytes import bytes_moved
 from bsnas.benchmarks.parts.kernel.mean_path import PlacedBlock, mean_path, table_shapes
 from bsnas.engine.presets import preset
+from bsnas.engine.space.plan import Plan
 from bsnas.engine.space.space import Space
 from bsnas.kernels.block import BlockShape
 from bsnas.kernels.gpu import configs
@@ -92,16 +92,15 @@ class Workload(NamedTuple):
 
 def every_block(space: Space) -> Iterator[PlacedBlock]:
     """Every operation of a supernet, once for each shape."""
-    size, fixed_in = -(-space.resolution // space.stem_stride), space.separable_channels
-    for cluster in space.clusters:
-        for position, op in product(range(cluster.blocks), cluster.operations):
-            stride = cluster.stride if position == 0 else 1
-            inputs = fixed_in if position == 0 else op.channels
-            spring = cluster.blocks > 1 and position == cluster.blocks - 1
-            outputs = max(cluster.channels) if spring else op.channels
-            at = size if position == 0 else -(-size // cluster.stride)
-            yield PlacedBlock(BlockShape(inputs, inputs * op.expansion, outputs, op.kernel, stride), at)
-        size, fixed_in = -(-size // cluster.stride), max(cluster.channels)
+    for i, size in enumerate(space.input_sizes()[:-1]):
+        for op in space.live[i]:
+            for inputs in space.supernet_inputs(i, op.channels):
+                yield PlacedBlock(shape_of(space.supernet_plan(i, inputs, op)), size)
+
+
+def shape_of(plan: Plan) -> BlockShape:
+    """Of an inverted residual or a separable block."""
+    return BlockShape(plan.layers[0].inputs, plan.layers[-1].inputs, plan.layers[-1].outputs, plan.kernel, plan.stride)
 
 
 IMAGENET, DIGITS, FASHION = (preset(name).space for name in ("imagenet", "digits", "fashion-mnist"))
@@ -144,11 +143,9 @@ def launches(dtype: torch.dtype, workload: Workload) -> Iterator[Launch]:
         yield from block_launches(shape, batch, size, dtype)
         for segments in (0, 8):
             yield from inference_launches(shape, batch, size, dtype, segments)
-    last = space.clusters[-1]
-    for inputs in last.channels if last.blocks == 1 else (max(last.channels),):
-        yield from tail_launches(inputs, space.tail_channels, batch, blocks[-1].size, dtype)
-    stem = BlockShape(space.stem_channels, space.stem_channels, space.separable_channels, 3, 1)
-    yield from block_launches(stem, batch, -(-space.resolution // space.stem_stride), dtype, False)
+    for inputs in space.supernet_inputs(space.num_blocks, 0):
+        yield from tail_launches(inputs, space.classifier_inputs(inputs), batch, blocks[-1].size, dtype)
+    yield from block_launches(shape_of(space.stem_plans[-1]), batch, space.input_sizes()[0], dtype, False)
 
 
 @cache

@@ -38,7 +38,9 @@ def test_everything_comes_back(tmp_path):
     optimizer = torch.optim.SGD(supernet.parameters(), lr=0.1, momentum=0.9)
     sum((p**2).sum() for p in supernet.parameters()).backward()
     optimizer.step()
-    space = TINY.with_live([[op for op in ops if op.expansion == 3 or op.kernel == 3] for ops in TINY.live])
+    space = TINY.with_live(
+        [[op for op in ops if op.block_op.expansion == 3 or op.block_op.kernel == 3] for ops in TINY.live]
+    )
     state = {"space": space.to_json(), "supernet": supernet.state_dict(), "optimizer": optimizer.state_dict()}
     file = write_checkpoint(tmp_path, Manifest(progress=PROGRESS), state)
     assert file == checkpoint_file(tmp_path, 3) == latest_checkpoint(tmp_path)

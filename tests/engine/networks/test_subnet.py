@@ -135,7 +135,7 @@ def test_every_architecture_inherits_slices_and_runs(sharing):
             hidden, in_channels = block.expand[0].weight.shape[:2]
             out_channels = block.project[0].weight.shape[0]
             cut = (weights["depthwise"].shape[-1] - kernel) // 2
-            centre = weights["depthwise"][:hidden, :, cut:, cut:][:, :, : kernel, : kernel]
+            centre = weights["depthwise"][:hidden, :, cut:, cut:][:, :, :kernel, :kernel]
             assert torch.equal(block.expand[0].weight[:, :, 0, 0], weights["expand"][:hidden, :in_channels])
             assert torch.equal(block.depthwise[0].weight, centre)
             assert torch.equal(block.project[0].weight[:, :, 0, 0], weights["project"][:out_channels, :hidden])

@@ -34,8 +34,8 @@ def test_a_relative_path_and_home(tmp_path, monkeypatch):
 
 def test_spaces_after_each_step(tmp_path):
     run = RunDir.create(tmp_path, CONFIG)
-    first = CONFIG.space.with_live([[op for op in ops if op.kernel != 7] for ops in CONFIG.space.live])
-    second = first.with_live([[op for op in ops if op.expansion == 3] for ops in first.live])
+    first = CONFIG.space.with_live([[op for op in ops if op.block_op.kernel != 7] for ops in CONFIG.space.live])
+    second = first.with_live([[op for op in ops if op.block_op.expansion == 3] for ops in first.live])
     for step, space in enumerate((first, second), start=1):
         write_json(run.space_file(step), space.to_json())
     assert run.spaces() == [CONFIG.space, first, second]

@@ -46,9 +46,7 @@ def rows(draw: st.DrawFn, families: tuple[str, ...] = tuple(FAMILIES)) -> Row:
 
 @st.composite
 def clusters(draw: st.DrawFn) -> Cluster:
-    return Cluster(
-        channels=options(draw, (3, 4, 6, 8), 3), rows=tuple(draw(st.lists(rows(), min_size=1, max_size=2)))
-    )
+    return Cluster(channels=options(draw, (3, 4, 6, 8), 3), rows=tuple(draw(st.lists(rows(), min_size=1, max_size=2))))
 
 
 @st.composite

@@ -30,7 +30,7 @@ def test_terms_sum_to_the_cost_and_it_has_these_extremes(rng):
         assert cost.range() == (min(map(cost, archs)), max(map(cost, archs)))
         arch = rng.choice(archs)
         total, terms = counted_from_reference(cost)
-        before = space.separable_channels
+        before = space.entry_channels
         for i, op in enumerate(arch.operations):
             total += terms[i][before, op.channels][op.block_op]
             before = op.channels

@@ -132,7 +132,7 @@ def test_every_sampling_mode_trains(
     if sampler == "fair":
         assert moved == set(before)
     else:
-        assert "stem_conv.weight" in moved
+        assert "stem.0.weights.all.conv" in moved
 
 
 def test_dropped_operations_keep_their_weights(alone: Process, cache: Path, tmp_path: Path) -> None:
@@ -174,9 +174,15 @@ def test_after_a_shrink_step_nothing_is_left_of_the_larger_supernet(
     trainer.train_epoch()
     trainer.writer.wait()
     optimization = trainer.optimization
-    owners = (trainer.network, optimization, optimization.engine, optimization.optimizer, trainer.network.tail_weight)
+    owners = (
+        trainer.network,
+        optimization,
+        optimization.engine,
+        optimization.optimizer,
+        trainer.network.classifier.weight,
+    )
     larger = [weakref.ref(owner) for owner in owners]
-    momentum = weakref.ref(optimization.optimizer.state[trainer.network.tail_weight]["momentum_buffer"])
+    momentum = weakref.ref(optimization.optimizer.state[trainer.network.classifier.weight]["momentum_buffer"])
     del owners, optimization
     gc.collect()
     gc.disable()
@@ -195,7 +201,7 @@ def test_operations_never_sampled_keep_their_weights(
     fair = trainer.draw_round
 
     def only_kernel_3(space: Space, seed: int, round_index: int):  # type: ignore[no-untyped-def]
-        narrow = space.with_live([[op for op in ops if op.kernel == 3] for ops in space.live])
+        narrow = space.with_live([[op for op in ops if op.block_op.kernel == 3] for ops in space.live])
         return fair(narrow, seed, round_index)
 
     monkeypatch.setattr(trainer, "draw_round", only_kernel_3)

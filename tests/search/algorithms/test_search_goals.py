@@ -54,19 +54,18 @@ def test_peak_activation_is_what_the_layers_hold():
 
     def enter(block, inputs):
         nonlocal shortcut
-        shortcut = inputs[0] if block.residual else None
+        shortcut = inputs[0] if block.plan.shortcut else None
 
     def note(layer, inputs, output):
         nonlocal most
         kept = 0 if shortcut is None or inputs[0] is shortcut else shortcut.numel()
         most = max(most, kept + inputs[0].numel() + output.numel())
 
-    for block in (network.separable, *network.blocks):
+    for block in network.parts:
         block.register_forward_pre_hook(enter)
     for layer in network.modules():
         if isinstance(layer, torch.nn.Conv2d):
             layer.register_forward_hook(note)
-    network.tail.register_forward_pre_hook(lambda tail, inputs: enter(network.separable, inputs))
     network(torch.zeros(1, 3, 16, 16))
     assert CostModel(space).activation_bytes(arch) == 4 * most
 

@@ -175,7 +175,7 @@ def test_mobilenet_v2_is_drawn_as_it_is() -> None:
     expected = [bar[:4] for bar in bars_of(space, arch)]
     first, *others = [bar[:4] for bar in mobilenet_bars()]
     assert others == expected
-    assert first == (space.separable_channels, 3, 1, 1)
+    assert first == (space.entry_channels, 3, 1, 1)
 
 
 def test_a_run_that_has_just_begun_has_a_report(run: Path, tmp_path: Path) -> None:
