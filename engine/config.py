@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -239,13 +238,20 @@ def read_config(data: Any, source: Path) -> RunConfig:
     """The configuration of a run. Raises `UserError` naming `source`."""
     if not isinstance(data, dict):
         raise UserError(f"{source} holds no configuration; restore it or start a new run")
-    with suppress(TypeError, KeyError):  # operations of older runs are lists of numbers; what is none is told below
+    try:
         data = {**data, "space": _of_this_form(data["space"])}
+    except UserError as error:
+        raise UserError(f"{source}: space: {error}") from None
+    except (TypeError, KeyError):
+        pass  # what it is instead is told below
     return from_json(RunConfig, data, source)
 
 
 def _of_this_form(space: Any) -> Any:
-    """The JSON of a space as files hold it now, whichever version wrote it. Raises `UserError` when it is none."""
+    """The JSON of a space as files hold it now, whichever version wrote it. Raises `UserError` when it is none.
+
+    Operations of older runs are lists of numbers.
+    """
     live = [
         [op if isinstance(op, str) else str(Operation(BlockOp(*op[:-1]), op[-1])) for op in ops]
         for ops in space["live"]

@@ -12,6 +12,7 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.presets import preset
 from bsnas.engine.runs.rundir import RunDir, read_json, write_json
 from bsnas.engine.space.arch import BlockOp, Operation
+from bsnas.engine.space.mobile import mobile_form
 from tests import ROOT
 
 CONFIG = preset("digits")
@@ -94,12 +95,13 @@ def test_a_damaged_configuration(tmp_path):
 def test_a_configuration_of_before_spells_operations_as_numbers(tmp_path):
     run = RunDir.create(tmp_path, CONFIG)
     data = read_json(run.config_file)
-    data["space"]["live"] = [[list(op) for op in ops] for ops in CONFIG.space.live]
+    numbers = [[[*op.block_op[:2], op.channels] for op in ops] for ops in CONFIG.space.live]
+    data["space"] = {**mobile_form(CONFIG.space), "live": numbers}
     write_json(run.config_file, data)
     assert run.config() == CONFIG
     data["space"]["live"][0][0] = [3, True, 8]
     write_json(run.config_file, data)
-    with pytest.raises(UserError, match=r"config.json: space: .* operation 'k3tTruec8' does not parse"):
+    with pytest.raises(UserError, match=r"config.json: space: .*operation 'k3tTruec8' does not parse"):
         run.config()
 
 

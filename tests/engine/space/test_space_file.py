@@ -64,7 +64,7 @@ def test_a_file_is_read_before_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").write_text(GOOD)
     assert space_at("digits").resolution == 8
-    with pytest.raises(UserError, match="space nowhere.toml cannot be read: No such file or directory; give a TOML"):
+    with pytest.raises(UserError, match=r"space nowhere\.toml cannot be read: No such file or directory; give a TOML"):
         read_space("nowhere.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="it is no text"):
@@ -84,13 +84,13 @@ def test_rows_share_their_clusters_channels():
     [
         ("resolution = 8", "resolution = ", 1, "this is not TOML: Invalid value in column"),
         ("resolution = 8", "resolution = 0", 1, "resolution of a space is 0; it must be a positive integer"),
-        ("resolution = 8", "resolutoin = 8", 1, "key resolutoin is unknown; allowed are resolution, .*did you mean reso"),
+        ("resolution = 8", "resolutoin = 8", 1, "key resolutoin is unknown; allowed are resolution, .*mean reso"),
         ("classes = 10", "classes = true", 2, "classes of a space is True"),
         ("classes = 10", 'springs = "loose"', 2, "springs 'loose' of a space; allowed are fixed and sliced"),
         ("channels = [8, 12]", "channels = [8, 8]", 10, r"channels \(8, 8\) of a cluster: give one or more different"),
         ("channels = [8, 12]", "channels = 8", 10, "channels 8 of a cluster: give one or more"),
         ("channels = [8, 12]", "# none", 9, "a cluster has no channels; give channels"),
-        ('family = "ir"', 'family = "mbconv"', 13, "family 'mbconv' is unknown; allowed are ir, conv, separable, basic"),
+        ('family = "ir"', 'family = "mbconv"', 13, "family 'mbconv' is unknown; allowed are ir, conv, separable"),
         ('family = "ir"', "family = [1]", 13, r"family \(1,\) is unknown"),
         ("blocks = 2", "blocks = 0", 14, "a cluster has 0 blocks; at least 1 is needed"),
         ("blocks = 2", "blocks = 5000", 14, "a space has at most 1000 blocks"),

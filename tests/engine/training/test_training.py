@@ -173,17 +173,11 @@ def test_after_a_shrink_step_nothing_is_left_of_the_larger_supernet(
     trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
     trainer.train_epoch()
     trainer.writer.wait()
-    optimization = trainer.optimization
-    owners = (
-        trainer.network,
-        optimization,
-        optimization.engine,
-        optimization.optimizer,
-        trainer.network.classifier.weight,
-    )
+    optimization, weight = trainer.optimization, trainer.network.classifier.weight
+    owners = (trainer.network, optimization, optimization.engine, optimization.optimizer, weight)
     larger = [weakref.ref(owner) for owner in owners]
-    momentum = weakref.ref(optimization.optimizer.state[trainer.network.classifier.weight]["momentum_buffer"])
-    del owners, optimization
+    momentum = weakref.ref(optimization.optimizer.state[weight]["momentum_buffer"])
+    del owners, optimization, weight
     gc.collect()
     gc.disable()
     try:
