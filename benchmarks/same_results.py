@@ -4,7 +4,8 @@
     python benchmarks/same_results.py --against main --processes 2
 
 Each trains, shrinks twice, evolves, retrains and exports in fp32, with the scripts of its own tree. Losses, scores,
-spaces, generations, weights and evaluations are compared; what a clock says is not. The files of the working directory
+spaces, generations, weights and evaluations are compared, files of earlier versions in the form of this one; what a
+clock says is not. The files of the working directory
 stand for this side, committed or not.
 """
 
@@ -17,15 +18,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 if find_spec("bsnas") is None:
     print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
     sys.exit(2)
 
+import onnx
+import onnx.numpy_helper
+
 from bsnas.benchmarks.parts.faults.disturbed_runs import ROOT, differences, outcome, rank_environments
 from bsnas.benchmarks.parts.faults.soak_pipeline import EVOLVE, RETRAIN, TRAIN
+from bsnas.engine.checkpoints.old_names import old_name
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
+from bsnas.engine.space.space import Space
 
 SHOWN = 20
 """Differences that are printed."""
@@ -64,12 +71,45 @@ def compare(processes: int, other: Path, directory: Path) -> list[str]:
     for name, tree in (("before", other), ("after", ROOT)):
         runs.append(directory / f"{name}-{processes}")
         pipeline(tree, runs[-1], processes, directory / "cache")
-    before, after = map(outcome, runs)
+    before, after = (of_one_form(outcome(path)) for path in runs)
     found = differences(before, after)
     print(f"{processes} processes: {len(before)} files compared, {len(found)} differences", flush=True)
     for line in found[:SHOWN]:
         print(f"  {line}")
     return found
+
+
+def of_one_form(content: Any) -> Any:
+    """What a run decided with spaces and names of weights in one form, whichever version wrote it."""
+    if isinstance(content, (list, tuple)):
+        return [of_one_form(value) for value in content]
+    if not isinstance(content, Mapping):
+        return content
+    if "live" in content and ("table" in content or "clusters" in content):
+        return Space.from_json(content).to_json()
+    result = {
+        old_name(str(key)): layers_of(value) if str(key).endswith(".onnx") else of_one_form(value)
+        for key, value in content.items()
+    }
+    weights = next((content[part] for part in ("supernet", "network") if part in content), None)
+    if weights is not None and "optimization" in content:  # it numbers the parameters in the order of the weights
+        buffers = ("running_mean", "running_var", "num_batches_tracked")
+        names = [old_name(name) for name in weights if not name.endswith(buffers)]
+        momenta = content["optimization"]["optimizer"]["state"]
+        result["optimization"] = {names[number]: of_one_form(momentum) for number, momentum in momenta.items()}
+    return result
+
+
+def layers_of(model: bytes) -> list[Any]:
+    """What an ONNX file computes, without the names that its tensors have."""
+    graph = onnx.load_from_string(model).graph
+    weights = {
+        tensor.name: (list(tensor.dims), onnx.numpy_helper.to_array(tensor).tobytes()) for tensor in graph.initializer
+    }
+    return [
+        (node.op_type, sorted(map(str, node.attribute)), [weights[name] for name in node.input if name in weights])
+        for node in graph.node
+    ]
 
 
 def pipeline(tree: Path, directory: Path, processes: int, cache: Path) -> None:

@@ -13,11 +13,13 @@ result does not depend on the number of ranks.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from bsnas.engine.checkpoints.old_names import old_name
 from bsnas.engine.evaluation.counting import Counting
 from bsnas.engine.evaluation.early_decisions import Placement, Quotas, place_early
 from bsnas.engine.evaluation.images import Images, ScoredImages
@@ -207,7 +209,8 @@ class Evaluator:
 def weights_fingerprint(supernet: Supernet) -> str:
     """A hash of everything that scoring reads: weights, biases and running statistics, bit for bit."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(supernet.state_dict().items()):
+    named = ((old_name(name), tensor) for name, tensor in supernet.state_dict().items())
+    for name, tensor in sorted(named, key=itemgetter(0)):  # by the names of before: what is stored by them is found
         if not name.endswith("num_batches_tracked"):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
