@@ -19,6 +19,7 @@ from bsnas.benchmarks.demo import DemoArguments, run_pipeline
 from bsnas.benchmarks.evaluation import EvaluationArguments
 from bsnas.benchmarks.latency import LatencyArguments
 from bsnas.benchmarks.loader import LoaderArguments
+from bsnas.benchmarks.parts.scoring.plot import CONTENDERS, plot
 from bsnas.benchmarks.search_quality import QualityArguments
 from bsnas.benchmarks.serve_check import ServeArguments, Server, image_files, images_of_run
 from bsnas.benchmarks.soak import SoakArguments
@@ -402,3 +403,11 @@ def test_a_step_of_the_demo_that_ends(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(subprocess, "Popen", Step)
     with pytest.raises((UserError, SystemExit), match=message):
         run_pipeline(DemoArguments(run=tmp_path / "run"))
+
+
+def test_a_plot_of_another_kind_of_file_is_refused(tmp_path):
+    row = {"space": "small", "models": 4, "images": 10, **dict.fromkeys(CONTENDERS, 1.0)}
+    plot([row], tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size
+    with pytest.raises(UserError, match=r"plot .* cannot be written: .*; choose a .png or .svg file"):
+        plot([row], tmp_path / "plot.docx")

@@ -61,7 +61,7 @@ def quantize_onnx(
             quantized,
             _Reader(images, _fixed_batch(onnx.load(source))),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv", "Add", "Clip"],
+            op_types_to_quantize=["Conv", "Add", "Clip", "Relu", "MaxPool"],
             per_channel=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,

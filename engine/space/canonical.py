@@ -5,69 +5,70 @@ in a row it takes. The canonical text has them last. Where a moved choice is not
 it is the first in text order of the texts that mean the same network.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
-from bsnas.engine.space.arch import Arch, BlockOp
+from bsnas.engine.space.arch import Arch, BlockOp, Operation
 from bsnas.engine.space.space import Space
+
+Choices = dict[int, BlockOp]
+"""What blocks choose."""
 
 
 def canonical(space: Space, arch: Arch) -> Arch:
-    """The architecture whose text stands for all that release the same network."""
+    """The architecture whose text stands for all of its clusters that release the same blocks."""
     if not space.has_identities:
         return arch
     before = space.entry_channels
     blocks = []
     for channels, indices, ops in zip(arch.channels, space.cluster_blocks, arch.blocks, strict=True):
-        vanishing = [
-            i for i in indices if space.block_stride(i) == 1 and (before == channels or not space.is_first(i))
-        ]  # an identity there is nothing
-        moved = _settled(space, vanishing, channels, {i: ops[i - indices.start] for i in vanishing})
-        blocks.append(tuple(moved.get(i, op) for i, op in zip(indices, ops, strict=True)))
+        chosen = dict(zip(indices, ops, strict=True))
+        places = [i for i in indices if space.block_stride(i) == 1 and (before == channels or not space.is_first(i))]
+        if any(not chosen[i].kernel for i in places):  # an identity there is nothing
+            chosen |= _settled(space, places, channels, chosen)
+        blocks.append(tuple(chosen.values()))
         before = channels
     return Arch(arch.channels, tuple(blocks))
 
 
-def _settled(space: Space, places: list[int], channels: int, ops: dict[int, BlockOp]) -> dict[int, BlockOp]:
+def _settled(space: Space, places: Sequence[int], channels: int, chosen: Choices) -> Choices:
     """The canonical choices of the places of a cluster at which an identity is nothing."""
-    kept = [i for i in places if ops[i].kernel]
-    if len(kept) == len(places):
-        return ops
+    wanted = [
+        space.released_plan(i, channels, Operation(chosen[i], channels)) for i in places if chosen[i].kernel
+    ]  # the blocks that are there, in order
 
-    def fits(item: int, place: int) -> bool:
-        """Whether the choice of `kept[item]` means the same at a place."""
-        same_row = space.block_row(kept[item]).kind == space.block_row(place).kind
-        return same_row and ops[kept[item]] in space.live_block_ops(place, channels)
+    @cache
+    def taking(item: int, place: int) -> BlockOp | None:
+        """The choice that is the wanted block at a place, if there is one."""
+        live = space.live_block_ops(places[place], channels)
+        same = (
+            op for op in live
+            if op.kernel and space.released_plan(places[place], channels, Operation(op, channels)) == wanted[item]
+        )  # fmt: skip
+        return next(same, None)
 
     def may_vanish(place: int) -> bool:
-        return BlockOp() in space.live_block_ops(place, channels)
-
-    count = len(kept)
-    if all(fits(n, places[n]) for n in range(count)) and all(map(may_vanish, places[count:])):
-        chosen: list[int | None] = [*range(count), *[None] * (len(places) - count)]
-    else:
-        chosen = _first_in_text_order(len(places), count, fits, may_vanish, places, [str(ops[i]) for i in kept])
-    return {place: BlockOp() if n is None else ops[kept[n]] for place, n in zip(places, chosen, strict=True)}
-
-
-def _first_in_text_order(length, count, fits, may_vanish, places, texts):  # type: ignore[no-untyped-def]
-    """Per place the number of the choice that it takes, or None for an identity."""
+        return BlockOp() in space.live_block_ops(places[place], channels)
 
     @cache
     def possible(place: int, item: int) -> bool:
-        """Whether the choices from `item` on find room in the places from `place` on."""
-        if place == length:
-            return item == count
-        takes = item < count and fits(item, places[place]) and possible(place + 1, item + 1)
-        return takes or (may_vanish(places[place]) and possible(place + 1, item))
+        """Whether the blocks from `item` on find room in the places from `place` on."""
+        if place == len(places):
+            return item == len(wanted)
+        takes = item < len(wanted) and taking(item, place) is not None and possible(place + 1, item + 1)
+        return takes or (may_vanish(place) and possible(place + 1, item))
 
-    chosen: list[int | None] = []
-    item = 0
-    for place in range(length):
-        takes = item < count and fits(item, places[place]) and possible(place + 1, item + 1)
-        vanishes = may_vanish(places[place]) and possible(place + 1, item)
-        if takes and (not vanishes or texts[item] < str(BlockOp())):
-            chosen.append(item)
+    packed = [taking(n, n) for n in range(len(wanted))]
+    if None not in packed and all(map(may_vanish, range(len(wanted), len(places)))):
+        last = [op for op in packed if op is not None]
+        return dict(zip(places, [*last, *[BlockOp()] * (len(places) - len(last))], strict=True))
+    result, item = {}, 0
+    for place, block in enumerate(places):
+        op = taking(item, place) if item < len(wanted) and possible(place + 1, item + 1) else None
+        vanishes = may_vanish(place) and possible(place + 1, item)
+        if op is not None and not (vanishes and str(BlockOp()) < str(op)):
+            result[block] = op
             item += 1
         else:
-            chosen.append(None)
-    return chosen
+            result[block] = BlockOp()
+    return result

@@ -66,32 +66,22 @@ def shrink(space: Space, ratios: Importance, keep: int) -> Space:
     return space.with_live(live)
 
 
-def shrink_inside(space: Space, ratios: Importance, keep: int, limit: Limit) -> Space:
+def shrink_inside(space: Space, ratios: Importance, keep: int, limit: Limit, best: Arch) -> Space:
     """`shrink`, but a space that still has a network inside a limit.
 
-    Where the step would leave none, every block keeps more of its best operations, whatever their R_i: as few more as
-    leave one. Raises `UserError` when the space itself has none.
+    Where the step would leave none, the operations of `best` stay too, the best network inside the limit that was
+    scored: one more than `keep` in a block at most.
     """
     after = shrink(space, ratios, keep)
-    for least in range(1, space.max_live + 1):
-        try:
-            check_limits(Problem.of(after, (limit,)))
-        except UserError:
-            after = _with_best(space, ratios, after, least)
-        else:
-            return after
-    check_limits(Problem.of(after, (limit,)))
+    try:
+        check_limits(Problem.of(after, (limit,)))
+    except UserError:
+        live = [
+            [op for op in before if op in kept or op == own]
+            for before, kept, own in zip(space.live, after.live, best.operations, strict=True)
+        ]
+        return space.with_live(live)
     return after
-
-
-def _with_best(space: Space, ratios: Importance, after: Space, count: int) -> Space:
-    """A shrunk space with the best `count` operations of every block and channel number alive again."""
-    live = []
-    for block, kept in enumerate(after.live):
-        ranked = sorted(space.live[block], key=lambda op: -ratios[block][op])
-        again = {op for c in {op.channels for op in ranked} for op in [o for o in ranked if o.channels == c][:count]}
-        live.append([op for op in space.live[block] if op in again or op in kept])
-    return space.with_live(live)
 
 
 def _best(ratios: Mapping[Operation, float], keep: int) -> list[Operation]:

@@ -191,7 +191,11 @@ class SupernetTraining(Training):
         self.reporter.say(f"shrink step {step + 1}: scoring {len(archs)} subnets to keep {keep} operations per block")
         scores = score_thirds(self.evaluator(), archs, self.config.shrink.confidence)
         ratios = importance(before, archs, scores.ranks)
-        after = shrink_inside(before, ratios, keep, limit) if limit else shrink(before, ratios, keep)
+        if limit is None:
+            after = shrink(before, ratios, keep)
+        else:
+            best = max(range(len(archs)), key=lambda i: scores.ranks[i])
+            after = shrink_inside(before, ratios, keep, limit, archs[best])
         self._warn_of_lost_range(before, after)
         if self.log is not None:
             self.log.distribution("shrink/top1", scores.top1, self.progress.epoch)

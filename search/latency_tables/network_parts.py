@@ -59,8 +59,10 @@ class Part:
     @property
     def repeats(self) -> bool:
         """Whether its output can be its input."""
-        plan = self.plans[-1]
-        return self.kind == "block" and plan.stride == 1 and self.inputs == plan.layers[-1].outputs
+        if self.kind != "block":
+            return False
+        (plan,) = self.plans
+        return plan.stride == 1 and self.inputs == plan.layers[-1].outputs
 
 
 class PartTable:

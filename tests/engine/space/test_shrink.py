@@ -7,10 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsnas.engine.space.arch import Arch, BlockOp, Operation
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.limited_sampling import archs_inside
+from bsnas.engine.space.limits import Limit
 from bsnas.engine.space.mobile import mobile_cluster, mobile_space
 from bsnas.engine.space.sampling import fair_archs, uniform_round
-from bsnas.engine.space.shrink import Importance, importance, importance_to_json, shrink
+from bsnas.engine.space.shrink import Importance, importance, importance_to_json, shrink, shrink_inside
 from bsnas.engine.space.space import Space
+from bsnas.engine.space.spaces import space_named
 from tests.engine.space.strategies import any_spaces
 
 PAIR = mobile_space(
@@ -232,3 +236,32 @@ def test_the_paper_shrinks_to_its_numbers_step_by_step():
     assert sizes == sorted(set(sizes), reverse=True)
     assert sizes[-1] == 1
     assert all(isinstance(op, BlockOp) for op in fair_archs(space, 0, 1)[0].flat_blocks)
+
+
+# ---- inside a budget
+
+
+def test_a_step_keeps_networks_inside_a_budget_reachable():
+    space = space_named("digits")
+    archs = fair_archs(space, 0, 200)
+    costs = CostModel(space)
+    small_is_good = importance(space, archs, [-costs.macs(arch) for arch in archs])
+    low, high = costs.macs.range()
+    near_the_top = Limit("macs", 0.9 * high, high)
+    assert CostModel(shrink(space, small_is_good, 5)).macs.range()[1] < near_the_top.low
+    (best,) = archs_inside(space, near_the_top, seed=0, count=1)
+    after = shrink_inside(space, small_is_good, 5, near_the_top, best)
+    after.check(best)
+    assert max(map(len, after.live)) <= 6
+    whole = Limit("macs", low, high)
+    assert shrink_inside(space, small_is_good, 5, whole, best) == shrink(space, small_is_good, 5)
+
+
+def test_what_a_step_draws_lies_inside_its_budget():
+    space = space_named("cifar10")
+    limit = Limit("macs", 10e6, 12e6)
+    archs = archs_inside(space, limit, seed=1, count=50)
+    assert len(archs) == 50
+    assert all(limit.allows(CostModel(space).macs(arch)) for arch in archs)
+    assert archs == archs_inside(space, limit, seed=1, count=50)
+    assert archs != archs_inside(space, limit, seed=2, count=50)
