@@ -113,7 +113,7 @@ def run_blocks(x: Tensor, blocks: Sequence[Block], *, training: bool) -> Tensor:
             x = reference.convolve(x.to(reference.compute_dtype(x)), block.weights[layer.name], layer)
             raw = block.norms[0]
         else:
-            if _is_searched_form(plan):
+            if training and _is_searched_form(plan):
                 say_unfused(x, ", ".join(_form(layer) for layer in plan.layers))
             x = reference.run_plan(x, plan, block.weights, block.norms, training=training)
     return x

@@ -7,7 +7,7 @@ normalisation belongs to an operation alone in every mode, so that a path can be
 A supernet holds only the live operations of its space. `shrunk` gives the smaller supernet that a smaller space needs.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, cast, get_args
 
 import torch
@@ -90,24 +90,23 @@ class SupernetBlock(nn.Module):
     """
 
     def __init__(
-        self, variants: Iterable[Variant], largest: Iterable[Variant], sharing: Sharing, *, norms_by_input: bool
+        self,
+        variants: Iterable[Variant],
+        largest: Iterable[Variant],
+        sharing: Sharing,
+        *,
+        norms_by_input: Callable[[Operation], bool],
     ) -> None:
         super().__init__()
         self.sharing = sharing
         self.variants = {(v.operation, v.inputs): v.plan for v in variants}
-        by_operation: dict[Operation, dict[int, Plan]] = {}
-        for (op, inputs), plan in self.variants.items():
-            by_operation.setdefault(op, {})[inputs] = plan
         self._norm_keys: dict[tuple[Operation, int], str] = {}
         self.norms = nn.ModuleDict()
-        for op, plans in by_operation.items():
-            widths = {tuple(layer.outputs for layer in plan.convs) for plan in plans.values()}
-            apart = norms_by_input or len(widths) > 1
-            for inputs, plan in plans.items():
-                key = f"{op}i{inputs}" if apart else str(op)
-                self._norm_keys[op, inputs] = key
-                if key not in self.norms:
-                    self.norms[key] = nn.ModuleList([nn.BatchNorm2d(layer.outputs) for layer in plan.convs])
+        for (op, inputs), plan in self.variants.items():
+            key = f"{op}i{inputs}" if norms_by_input(op) else str(op)
+            self._norm_keys[op, inputs] = key
+            if key not in self.norms:
+                self.norms[key] = nn.ModuleList([nn.BatchNorm2d(layer.outputs) for layer in plan.convs])
         layers: dict[str, list[Conv]] = {}
         for op, _, plan in (*(Variant(op, i, plan) for (op, i), plan in self.variants.items()), *largest):
             layers.setdefault(_weight_key(op, sharing), []).extend(plan.convs)
@@ -229,7 +228,13 @@ def _searched_block(space: Space, i: int, sharing: Sharing) -> SupernetBlock:
     # Behind a cluster of one block expansions multiply its largest option, and weights are kept for it.
     bases = {(v.operation, space.expansion_base(i, v.inputs)) for v in live}
     largest = [Variant(op, base, space.supernet_plan(i, base, op)) for op, base in sorted(bases)]
-    return SupernetBlock(live, largest, sharing, norms_by_input=space.springs == "sliced")
+
+    def norms_by_input(op: Operation) -> bool:
+        """With sliced springs, or where norms are as wide as what the block reads; whatever shrinking has left."""
+        plans = [space.supernet_plan(i, inputs, op) for inputs in space.table_inputs(i, op.channels)]
+        return space.springs == "sliced" or len({tuple(la.outputs for la in plan.convs) for plan in plans}) > 1
+
+    return SupernetBlock(live, largest, sharing, norms_by_input=norms_by_input)
 
 
 def _fixed_blocks(
@@ -239,7 +244,7 @@ def _fixed_blocks(
     operations = [Operation(row.choices[0], c.channels[0]) for c in clusters for row, _ in c.places]
     for op, plans in zip(operations, zip(*chains, strict=True), strict=True):
         variants = [Variant(op, width, plan) for width, plan in dict(zip(inputs, plans, strict=False)).items()]
-        yield SupernetBlock(variants, (), "nested", norms_by_input=True)
+        yield SupernetBlock(variants, (), "nested", norms_by_input=lambda _: True)
         inputs = (op.channels,)
 
 
@@ -249,13 +254,15 @@ def classify(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(pooled, weight if weight.shape[1] == pooled.shape[1] else weight[:, : pooled.shape[1]], bias)
 
 
-def crop_to(smaller: dict[str, Tensor], larger: dict[str, Tensor]) -> dict[str, Tensor]:
+def crop_to(smaller: Mapping[str, Tensor], larger: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For each name of `smaller` the part of the larger tensor that it keeps: first channels, centre of kernels."""
     return {name: _crop(larger[name], shape_of.shape).clone() for name, shape_of in smaller.items()}
 
 
 def _crop(tensor: Tensor, shape: torch.Size) -> Tensor:
-    if tensor.dim() == 4:  # kernels are centred: [.., .., k, k]
-        margin = (tensor.shape[2] - shape[2]) // 2
-        tensor = tensor[:, :, margin : margin + shape[2], margin : margin + shape[3]]
+    if tensor.dim() == 4:  # kernels are centred: [.., .., k, k]; where only 1x1 ones are left, their weight is [.., ..]
+        kernel = shape[2] if len(shape) == 4 else 1
+        centre = slice((tensor.shape[2] - kernel) // 2, (tensor.shape[2] + kernel) // 2)
+        tensor = tensor[:, :, centre, centre]
+        tensor = tensor if len(shape) == 4 else tensor.flatten(1)
     return tensor[tuple(slice(size) for size in shape)]

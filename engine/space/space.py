@@ -63,10 +63,10 @@ class Space:
                     f"{name} of a space is {value!r:.40}; it must be a positive integer of at most {most}", name
                 )
         if sum(cluster.blocks for cluster in self.table) > MOST["blocks"]:
-            most = max((row.blocks, j, n) for j, cluster in enumerate(self.table) for n, row in enumerate(cluster.rows))
-            raise TableError(
-                f"a space has at most {MOST['blocks']} blocks; give clusters with fewer", "blocks", *most[1:]
-            )
+            rows = ((row.blocks, j, n) for j, cluster in enumerate(self.table) for n, row in enumerate(cluster.rows))
+            _, cluster, row = max(rows)
+            message = f"a space has at most {MOST['blocks']} blocks; give clusters with fewer"
+            raise TableError(message, "blocks", cluster, row)
         if not self.live:
             object.__setattr__(self, "live", tuple(map(self._operations_of, range(self.num_blocks))))
         self._check_live()
@@ -290,6 +290,12 @@ class Space:
     def supernet_width(self, block: int, operation: Operation) -> int:
         """What a block puts out in the supernet: a spring block its cluster's largest option, else what is selected."""
         return self.spring_widths[block] or operation.channels
+
+    def table_inputs(self, block: int, channels: int) -> tuple[int, ...]:
+        """The widths that a searched block can read in the supernet while every operation is alive, ascending."""
+        if self.is_first(block) and block and not self.spring_widths[block - 1]:
+            return tuple(sorted(self.clusters[self.block_cluster[block - 1]].channels))
+        return self.supernet_inputs(block, channels)
 
     def supernet_inputs(self, block: int, channels: int) -> tuple[int, ...]:
         """The widths that a block can read in the supernet, ascending; the last block's successor is the tail."""

@@ -239,19 +239,17 @@ class SupernetTraining(Training):
 
     def _shrink_to(self, space: Space) -> None:
         """Replace supernet and optimizer by smaller ones with the same values; what is dropped leaves memory."""
-        momentum = {
-            name: self.optimization.optimizer.state[parameter]["momentum_buffer"]
-            for name, parameter in self.network.named_parameters()
-            if "momentum_buffer" in self.optimization.optimizer.state.get(parameter, {})
-        }
+        states = self.optimization.optimizer.state
+        momenta = {name: states[p]["momentum_buffer"] for name, p in self.network.named_parameters()}
         finiteness = self.optimization.finiteness.state()
         smaller = self.network.shrunk(space)
-        parameters = {name: p for name, p in smaller.named_parameters() if name in momentum}
-        momentum = crop_to(dict(parameters), momentum)
+        parameters = dict(smaller.named_parameters())
+        momenta = crop_to(parameters, momenta)
+        del states
         self.optimization.close()
         self.wrap(smaller)
-        for name, buffer in momentum.items():
-            self.optimization.optimizer.state[parameters[name]]["momentum_buffer"].copy_(buffer)
+        for name, momentum in momenta.items():
+            self.optimization.optimizer.state[parameters[name]]["momentum_buffer"].copy_(momentum)
         self.optimization.finiteness.load(finiteness)
 
     def evaluator(self) -> Evaluator:

@@ -30,7 +30,7 @@ class Bar(NamedTuple):
     channels: int
     kernel: int
     """0 where nothing is convolved."""
-    expansion: float
+    ratio: float
     """Hidden width over input width."""
     stride: int
     choice: str
@@ -67,25 +67,25 @@ def architecture_picture(space: Space, arch: Arch, what: str) -> Picture:
 def bars_of(space: Space, arch: Arch) -> list[Bar]:
     bars = []
     for block, (plan, op) in enumerate(zip(space.released_plans(arch), arch.operations, strict=True)):
-        expansion = plan.hidden / plan.layers[0].inputs if plan.layers else 0
+        ratio = plan.hidden / plan.layers[0].inputs if plan.layers else 0
         text = f"block {block + 1}: {op.block_op} c{op.channels}"
-        bars.append(Bar(op.channels, plan.kernel, expansion, plan.stride, str(op.block_op), text))
+        bars.append(Bar(op.channels, plan.kernel, ratio, plan.stride, str(op.block_op), text))
     return bars
 
 
 def mobilenet_bars() -> list[Bar]:
     bars: list[Bar] = []
-    for blocks, channels, stride, expansion in MOBILENET_V2:
+    for blocks, channels, stride, ratio in MOBILENET_V2:
         for index in range(blocks):
-            text = f"MobileNetV2 block {len(bars) + 1}: k3t{expansion} c{channels}"
-            bars.append(Bar(channels, 3, expansion, stride if index == 0 else 1, f"k3t{expansion}", text))
+            text = f"MobileNetV2 block {len(bars) + 1}: k3t{ratio} c{channels}"
+            bars.append(Bar(channels, 3, ratio, stride if index == 0 else 1, f"k3t{ratio}", text))
     return bars
 
 
 def _draw(picture: Picture, axes: Axes, gid: str, bars: Sequence[Bar], rows: int) -> None:
-    thickest = max(6, *(bar.expansion for bar in bars))
+    thickest = max(6, *(bar.ratio for bar in bars))
     for row, bar in enumerate(bars):
-        height = 0.28 + 0.55 * bar.expansion / thickest
+        height = 0.28 + 0.55 * bar.ratio / thickest
         mark = picture.mark(f"{gid}-{row}", [bar.text + (", stride 2" if bar.stride == 2 else "")])
         axes.add_patch(
             Rectangle((0, row - height / 2), bar.channels, height, color=kernel_color(bar.kernel), lw=0, gid=mark)

@@ -37,7 +37,7 @@ from bsnas.kernels import Block
 from bsnas.search.latency_tables.network_parts import PartTable
 from bsnas.search.latency_tables.part_stacks import stack
 from tests.engine.evaluation.cases import counts, loop_logits, random_images, recalibrated_alone, trained_like_supernet
-from tests.engine.space.strategies import any_spaces
+from tests.engine.space.strategies import any_spaces, full_spaces, shrunk_at_random
 from tests.engine.tiny import SHARINGS
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -253,6 +253,29 @@ def test_in_any_space_the_evaluator_scores_as_a_loop(space, seed):
     scores = Evaluator(supernet, data, progress=False).evaluate(archs)
     for score, logits in zip(scores, loop_logits(supernet, data, archs), strict=True):
         assert score.loss == pytest.approx(F.cross_entropy(logits, torch.from_numpy(data.labels)).item(), rel=1e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(space=full_spaces(), seed=st.integers(0, 1000), sharing=st.sampled_from(SHARINGS))
+def test_in_any_space_shrinking_keeps_the_outputs_of_survivors(space, seed, sharing):
+    torch.manual_seed(seed)
+    supernet = Supernet(space, sharing).eval()
+    smaller = supernet.shrunk(shrunk_at_random(space, random.Random(seed)))
+    x = torch.randn(2, space.input_channels, space.resolution, space.resolution)
+    for arch in fair_archs(smaller.space, seed, 3):
+        with torch.no_grad():
+            torch.testing.assert_close(smaller(x, arch), supernet(x, arch), rtol=1e-4, atol=1e-5)
+
+
+def test_where_only_1x1_kernels_are_left_the_weight_is_a_matrix():
+    row = Row(family="conv", blocks=2, kernels=(1, 3))
+    space = Space(table=(Cluster(channels=(4, 6), rows=(row,)),), resolution=8, classes=5)
+    supernet = trained_like_supernet(space)
+    only_1x1 = space.with_live([[op for op in ops if op.block_op.kernel == 1] for ops in space.live])
+    smaller = supernet.shrunk(only_1x1)
+    assert smaller.blocks[0].weights["all"].conv.shape == (6, 3)
+    for arch in archs_of(only_1x1, 2):
+        torch.testing.assert_close(smaller(images(space), arch), supernet(images(space), arch), rtol=1e-5, atol=1e-5)
 
 
 # ---- what is made of released networks
