@@ -25,13 +25,13 @@ from bsnas.engine.presets import PRESETS
 
 PAGE = ROOT / "docs/options.md"
 SCRIPTS = (
-    "engine/prepare.py", "engine/train.py", "search/evolve.py", "engine/retrain.py", "engine/export.py",
-    "search/latency.py",
+    "engine/prepare.py", "search/space.py", "engine/train.py", "search/evolve.py", "engine/retrain.py",
+    "engine/export.py", "search/latency.py",
     "benchmarks/latency.py", "benchmarks/serve_check.py", "search/report.py", "engine/status.py", "benchmarks/demo.py",
     "benchmarks/ranking.py", "benchmarks/study.py", "benchmarks/early_decisions.py", "benchmarks/soak.py",
     "benchmarks/evaluation.py", "benchmarks/loader.py", "benchmarks/loader_augmentations.py",
     "benchmarks/miniatures.py", "benchmarks/throughput.py", "benchmarks/search_quality.py",
-    "benchmarks/same_results.py",
+    "benchmarks/tabular.py", "benchmarks/same_results.py",
 )  # fmt: skip
 """In the order of a search. Scripts that parse their line themselves are told by their --help alone."""
 HEAD = """# Every option
@@ -104,7 +104,8 @@ def options(kind: type, default: Any = None, prefix: str = "") -> Iterator[Optio
         if isinstance(hint, type) and is_dataclass(hint):
             yield from options(hint, value, prefix if unprefixed else f"{prefix}{field.name.replace('_', '-')}.")
         else:
-            name = f"--{prefix}{field.name.replace('_', '-')}"
+            named = f"--{prefix}{field.name.replace('_', '-')}"
+            name = field.name.upper() if tyro.conf.Positional in marks else named
             yield Option(name, values_of(hint), texts.get(field.name, ""), value)
 
 

@@ -38,7 +38,7 @@ from bsnas.engine.training.supernet import SupernetTraining
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    space_file: Annotated[Path | None, tyro.conf.arg(name="space")] = None
+    space: Path | None = None
     """TOML file of a search space in place of the preset's; one of the package by its name, as nas-bench-macro."""
     show_space: bool = False
     """Write the search space as such a file to the output, and train nothing."""

@@ -78,8 +78,12 @@ def convolve(x: Tensor, weight: Tensor, layer: LayerPlan) -> Tensor:
     """The layer's convolution of x [N, inputs, H, W] with its slice of a weight, in x's dtype; no norm."""
     part = slice_of(weight, layer).to(x.dtype)
     part = part[:, :, None, None] if part.dim() == 2 else part
-    groups = layer.inputs if layer.depthwise else 1
-    return F.conv2d(x, part, stride=layer.stride, padding=layer.kernel // 2, groups=groups)
+    groups, stride = layer.inputs if layer.depthwise else 1, layer.stride
+    if layer.kernel == 1:
+        # The same pixels. oneDNN's gradient of 1x1 weights with a stride writes where it must not on AVX-512, in
+        # channels_last and with several threads (torch 2.14): processes died of it.
+        x, stride = x[:, :, ::stride, ::stride], 1
+    return F.conv2d(x, part, stride=stride, padding=layer.kernel // 2, groups=groups)
 
 
 def run_plan(

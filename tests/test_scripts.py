@@ -55,7 +55,7 @@ def test_the_imagenet_preset_trains_shrinks_and_searches(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "mnist"], "preset 'mnist' is unknown; allowed are digits, fashion-mnist, imagenet"),
+        (["--preset", "mnist"], "preset 'mnist' is unknown; allowed are digits, fashion-mnist, cifar10, imagenet"),
         (["--preset", "imagenet", "--data.path", "missing"], "missing"),
         (["--optimizer.batch-size", "0"], "batch size 0"),
         (["--shrink.keep", "3", "5"], "keep (3, 5): give falling numbers"),
