@@ -140,7 +140,8 @@ def choose_networks(live: Space, arguments: LatencyTableArguments) -> tuple[Spac
     wanted = arguments.fit + arguments.held_out
     spaces = {"live": [live], "full": [live.full()], "auto": [live, live.full()]}[arguments.space]
     for space in spaces:
-        fitted = list(dict.fromkeys(fair_archs(space, arguments.seed, arguments.fit)))
+        drawn_fairly = fair_archs(space, arguments.seed, _DRAWS * arguments.fit)
+        fitted = list(dict.fromkeys(drawn_fairly))[: arguments.fit]
         rng = random.Random(f"{arguments.seed}/held-out")
         drawn = (uniform_arch(space, rng) for _ in range(_DRAWS * arguments.held_out))
         held_out = list(dict.fromkeys(arch for arch in drawn if arch not in fitted))[: arguments.held_out]

@@ -13,6 +13,7 @@ from bsnas.engine.config import ShrinkConfig
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.presets import preset, with_space
 from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.families import FAMILIES
 from bsnas.engine.space.space import Space
 from bsnas.engine.space.space_file import parse_space, space_text
 from bsnas.engine.space.spaces import space_named
@@ -169,3 +170,63 @@ def test_json_with_other_entries_is_no_space():
     with pytest.raises(UserError, match=r"an entry has .*colour where channels and rows belong; give a file that"):
         Space.from_json(data)
     assert space_text(family_space("ir")).count("[[cluster.row]]") == 2
+
+
+# ---- every family from training to serving
+
+
+MIXED = """\
+resolution = 16
+springs = "sliced"
+
+[[cluster]]
+channels = [8, 12]
+
+[[cluster.row]]
+family = "conv"
+stride = 2
+kernels = [1, 3]
+activations = ["relu", "relu6"]
+
+[[cluster.row]]
+family = "separable"
+kernels = [3, 5]
+identity = true
+
+[[cluster.row]]
+family = "ir"
+expansions = [1, 3]
+
+[[cluster]]
+channels = [16, 24]
+
+[[cluster.row]]
+family = "basic"
+stride = 2
+widths = [12, 16]
+
+[[cluster.row]]
+family = "bottleneck"
+expansions = [1, 2]
+identity = true
+"""
+
+
+def test_a_space_of_all_families_goes_from_training_to_serving(tmp_path):
+    (tmp_path / "mixed.toml").write_text(MIXED)
+    assert {row.family for c in parse_space(MIXED, "mixed").table for row in c.rows} == set(FAMILIES)
+    schedule = ["--optimizer.warmup-epochs", "0", "--shrink.first-epochs", "2", "--shrink.interval-epochs", "1"]
+    steps = ["--shrink.keep", "4", "--shrink.models-per-operation", "2", "--data.cache-dir", str(tmp_path / "cache")]
+    run = ("--run", "run")
+    commands = [
+        ("engine/train.py", "--space", "mixed.toml", *schedule, *steps, *run),
+        ("search/evolve.py", *run, "--population", "6", "--iterations", "1"),
+        ("engine/retrain.py", *run, "--epochs", "2"),
+        ("engine/export.py", *run),
+        ("search/report.py", *run),
+        ("benchmarks/serve_check.py", *run, "--limit", "20"),
+    ]
+    for name, *arguments in commands:
+        done = script(name, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, f"{name}: {done.stderr[-500:]}"
+    assert "top-1" in done.stdout
