@@ -77,7 +77,9 @@ def describe(space: Space, name: str, archs: list[Arch]) -> dict[str, Any]:
         f"{name}: {space.num_blocks} blocks in {len(space.clusters)} clusters, images of {space.resolution}x"
         f"{space.resolution}, {space.springs} springs"
     )
-    print(f"{'architectures':15} {space.num_architectures:,.4g}; a round of fair sampling has {space.max_live} paths")
+    count = space.num_architectures
+    counted = f"{count:,}" if count < 10**7 else f"{count:.4g}"
+    print(f"{'architectures':15} {counted}; a round of fair sampling has {space.max_live} paths")
     if space.has_identities:
         share = len({canonical(space, arch) for arch in archs}) / len(set(archs))
         print(f"{'':15} of {len(set(archs)):,} random texts {share:.1%} are different networks")
