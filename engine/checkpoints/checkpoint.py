@@ -75,16 +75,20 @@ def space_of(state: Mapping[str, Any], file: Path, full_space: Space) -> Space:
 def _difference(theirs: Space, ours: Space) -> str:
     """The first entry of two tables that differs."""
     own, other = ours.to_json(), theirs.to_json()
+    tables = own.pop("table"), other.pop("table")
     for name in own:
         if name != "live" and own[name] != other[name]:
-            if name == "clusters" and len(own[name]) == len(other[name]):
-                pairs = zip(own[name], other[name], strict=True)
-                j = next(j for j, (a, b) in enumerate(pairs) if a != b)
-                key = next(key for key in own[name][j] if own[name][j][key] != other[name][j][key])
-                return f"{key} of cluster {j + 1} is {other[name][j][key]} there and {own[name][j][key]} here"
-            if name == "clusters":
-                return f"{len(other[name])} clusters there and {len(own[name])} here"
             return f"{name} is {other[name]} there and {own[name]} here"
+    if len(tables[0]) != len(tables[1]):
+        return f"{len(tables[1])} clusters there and {len(tables[0])} here"
+    for j, (mine, yours) in enumerate(zip(*tables, strict=True), start=1):
+        if len(mine["rows"]) != len(yours["rows"]):
+            return f"cluster {j} has {len(yours['rows'])} rows there and {len(mine['rows'])} here"
+        pairs = [(mine, yours), *zip(mine["rows"], yours["rows"], strict=True)]
+        for a, b in pairs:
+            for key in a:
+                if key != "rows" and a[key] != b[key]:
+                    return f"{key} of cluster {j} is {b[key]} there and {a[key]} here"
     return "the tables differ"
 
 

@@ -147,7 +147,7 @@ class Supernet(nn.Module):
         self.sharing: Sharing = sharing
         self.stem = nn.ModuleList(_fixed_blocks(space.stem, [space.stem_plans], (space.input_channels,)))
         self.blocks = nn.ModuleList(_searched_block(space, i, sharing) for i in range(space.num_blocks))
-        ends = space.supernet_inputs(space.num_blocks, 0)
+        ends = space.tail_inputs
         tails = [space.tail_plans(width) for width in ends]
         self.tail = nn.ModuleList(_fixed_blocks(space.tail, tails, ends))
         self.classifier = nn.Linear(space.classifier_inputs(max(ends)), space.classes)

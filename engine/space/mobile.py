@@ -9,7 +9,7 @@ from typing import Any
 
 from bsnas.engine.space.arch import Operation
 from bsnas.engine.space.space import Space
-from bsnas.engine.space.table import Cluster, Row, TableError
+from bsnas.engine.space.table import Cluster, Row, TableError, with_tuples
 
 
 def mobile_cluster(
@@ -84,9 +84,5 @@ def of_mobile_form(data: Mapping[str, Any], live: tuple[tuple[Operation, ...], .
     Raises `UserError`, or one of several errors, when the data is none.
     """
     fields = dict(data)
-    clusters = [mobile_cluster(**_with_tuples(cluster)) for cluster in fields.pop("clusters")]
+    clusters = [mobile_cluster(**with_tuples(cluster)) for cluster in fields.pop("clusters")]
     return replace(mobile_space(clusters=clusters, **fields), live=live)
-
-
-def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

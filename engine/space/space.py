@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.arch import Arch, BlockOp, Operation
 from bsnas.engine.space.plan import Plan, size_after
-from bsnas.engine.space.table import MOST, Cluster, Row, TableError
+from bsnas.engine.space.table import MOST, Cluster, Row, TableError, with_tuples
 
 Sharing = Literal["nested", "channels", "independent"]
 """Who shares convolution weights inside a block.
@@ -298,15 +298,20 @@ class Space:
         return self.supernet_inputs(block, channels)
 
     def supernet_inputs(self, block: int, channels: int) -> tuple[int, ...]:
-        """The widths that a block can read in the supernet, ascending; the last block's successor is the tail."""
-        first = block == self.num_blocks or self.is_first(block)
-        if not first:
+        """The widths that a searched block can read in the supernet under its cluster's channels, ascending."""
+        if not self.is_first(block):
             return (channels,)
-        if block == 0:
-            return (self.entry_channels,)
-        if self.spring_widths[block - 1]:
-            return (self.spring_widths[block - 1],)
-        return self.live_channels(self.block_cluster[block - 1])
+        return self._widths_behind(self.block_cluster[block] - 1) if block else (self.entry_channels,)
+
+    @property
+    def tail_inputs(self) -> tuple[int, ...]:
+        """The widths that reach the tail in the supernet, ascending."""
+        return self._widths_behind(len(self.clusters) - 1)
+
+    def _widths_behind(self, cluster: int) -> tuple[int, ...]:
+        """What a cluster can put out in the supernet."""
+        fixed = self.spring_widths[self.cluster_blocks[cluster][-1]]
+        return (fixed,) if fixed else self.live_channels(cluster)
 
     def expansion_base(self, block: int, inputs: int) -> int:
         """What an expansion ratio of the input multiplies in a block that reads `inputs` channels.
@@ -380,7 +385,7 @@ class Space:
             if "table" not in given:
                 return of_mobile_form(given, live)
             table = tuple(
-                Cluster(channels=tuple(channels), rows=tuple(Row(**_with_tuples(row)) for row in rows))
+                Cluster(channels=tuple(channels), rows=tuple(Row(**with_tuples(row)) for row in rows))
                 for channels, rows in (_only(cluster, "channels", "rows") for cluster in given.pop("table"))
             )
             return cls(table=table, live=live, **given)
@@ -401,10 +406,6 @@ def _fixed_plans(clusters: Sequence[Cluster], inputs: int) -> Iterator[Plan]:
 
 def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def _with_tuples(fields: Any) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _only(data: Any, *names: str) -> list[Any]:

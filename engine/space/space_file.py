@@ -25,7 +25,7 @@ from typing import Any
 
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.space import Space
-from bsnas.engine.space.table import Cluster, Row, TableError
+from bsnas.engine.space.table import Cluster, Row, TableError, with_tuples
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,7 +45,7 @@ Place = tuple[int | None, int | None]
 def read_space(file: Path | str) -> Space:
     """The space of a TOML file. Raises `UserError` with file and line when it is none or no network can be built."""
     try:
-        text = Path(file).read_text()
+        text = Path(file).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise UserError(f"space {file} cannot be read: {reason}; give a TOML file as --show-space writes it") from None
@@ -93,6 +93,7 @@ class _Reader:
         """The error at a key, or at the nearest header around where it should stand."""
         cluster, _ = place
         around: list[tuple[Place, str]] = [(place, key), ((cluster, None), key), (place, ""), ((cluster, None), "")]
+        around.append(((None, None), "cluster"))  # written as an inline table
         line = next((self._lines[at] for at in around if at in self._lines), 1)
         return UserError(f"{self.name}:{line}: {message}")
 
@@ -121,14 +122,14 @@ class _Reader:
         rows = self._tables(data, "row", (j, None)) if "row" in data else [own]
         built = tuple(self._row(j, number if "row" in data else None, row) for number, row in enumerate(rows))
         try:
-            return Cluster(channels=_value(data["channels"]), rows=built)
+            return Cluster(channels=with_tuples(data)["channels"], rows=built)
         except TableError as error:
             raise self.error(str(error), (j, error.row), error.key) from None
 
     def _row(self, j: int, number: int | None, data: Mapping[str, Any]) -> Row:
         self._check_keys(data, tuple(ROW), (j, number))
         try:
-            return Row(**{key: _value(value) for key, value in data.items()})
+            return Row(**with_tuples(data))
         except TableError as error:
             raise self.error(str(error), (j, number), error.key) from None
 
@@ -145,10 +146,6 @@ class _Reader:
                 close = get_close_matches(key, allowed, 1)
                 hint = f"did you mean {close[0]}?" if close else "take the line out"
                 raise self.error(f"key {key:.40} is unknown; allowed are {', '.join(allowed)}; {hint}", place, key)
-
-
-def _value(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def space_text(space: Space) -> str:

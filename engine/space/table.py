@@ -1,5 +1,6 @@
 """What a space is made of: clusters that share a channel number, and rows of equal blocks inside them. No torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -189,6 +190,11 @@ class Row:
             self.shortcut == "projection", self.pool,
         )  # fmt: skip
         return self._family.plan(block) if op.kernel else identity(block)
+
+
+def with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a file, whose lists of options become tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,7 +143,7 @@ def launches(dtype: torch.dtype, workload: Workload) -> Iterator[Launch]:
         yield from block_launches(shape, batch, size, dtype)
         for segments in (0, 8):
             yield from inference_launches(shape, batch, size, dtype, segments)
-    for inputs in space.supernet_inputs(space.num_blocks, 0):
+    for inputs in space.tail_inputs:
         yield from tail_launches(inputs, space.classifier_inputs(inputs), batch, blocks[-1].size, dtype)
     yield from block_launches(shape_of(space.stem_plans[-1]), batch, space.input_sizes()[0], dtype, False)
 

@@ -13,7 +13,8 @@ from bsnas.engine.checkpoints.manifest import FORMAT, Manifest, Progress
 from bsnas.engine.host.errors import MachineError, UserError
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.space.spaces import space_named
-from tests.engine.tiny import TINY
+from bsnas.engine.space.table import Row
+from tests.engine.tiny import TINY, tiny_space
 
 PROGRESS = Progress(epoch=3, rounds=20, passes=160, batches=161, shrink_steps=1)
 
@@ -161,6 +162,25 @@ def test_another_spaces_checkpoint_is_refused(tmp_path):
     file = save(tmp_path)
     with pytest.raises(UserError, match=r"another search space than the run's: .*; use the run's own files"):
         load_checkpoint(file, space_named("digits"))
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (tiny_space(classes=9), "classes is 4 there and 9 here"),
+        (tiny_space(clusters=TINY.clusters[:2]), "6 clusters there and 5 here"),
+        (tiny_space(tail_channels=41), r"channels of cluster 6 is \[40\] there and \[41\] here"),
+        (tiny_space(stem_stride=1), "stride of cluster 1 is 2 there and 1 here"),
+        (
+            TINY.with_clusters([replace(c, rows=(*c.rows, Row(family="conv"))) for c in TINY.clusters]),
+            "cluster 3 has 1 rows there and 2 here",
+        ),
+    ],
+)
+def test_what_differs_between_two_tables_is_told(tmp_path, other, difference):
+    file = save(tmp_path)
+    with pytest.raises(UserError, match=f"another search space than the run's: {difference}; use the run's own files"):
+        load_checkpoint(file, other)
 
 
 def test_a_checkpoint_without_its_parts_is_refused(tmp_path):

@@ -71,6 +71,14 @@ def test_a_file_is_read_before_a_name(tmp_path, monkeypatch):
         read_space("binary.toml")
 
 
+def test_other_ways_to_write_a_file(tmp_path):
+    (tmp_path / "windows.toml").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    assert read_space(tmp_path / "windows.toml") == parse_space(GOOD, "my.toml")
+    inline = 'resolution = 8\ncluster = [{channels = [8], family = "ir", expansions = [3], kernels = [KERNEL]}]\n'
+    assert parse_space(inline.replace("KERNEL", "3"), "inline").num_blocks == 1
+    assert error_of(inline.replace("KERNEL", "4")).startswith("my.toml:2: kernels (4,)")
+
+
 def test_rows_share_their_clusters_channels():
     space = parse_space(GOOD, "my.toml")
     assert [row.family for row in space.clusters[0].rows] == ["ir", "basic"]
