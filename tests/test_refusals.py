@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import bsnas.search.backends.onnx_runtime as onnx_runtime
@@ -19,6 +20,7 @@ from bsnas.benchmarks.demo import DemoArguments, run_pipeline
 from bsnas.benchmarks.evaluation import EvaluationArguments
 from bsnas.benchmarks.latency import LatencyArguments
 from bsnas.benchmarks.loader import LoaderArguments
+from bsnas.benchmarks.parts.scoring.case import trained_supernet
 from bsnas.benchmarks.parts.scoring.plot import CONTENDERS, plot
 from bsnas.benchmarks.search_quality import QualityArguments
 from bsnas.benchmarks.serve_check import ServeArguments, Server, image_files, images_of_run
@@ -411,3 +413,15 @@ def test_a_plot_of_another_kind_of_file_is_refused(tmp_path):
     assert (tmp_path / "plot.svg").stat().st_size
     with pytest.raises(UserError, match=r"plot .* cannot be written: .*; choose a .png or .svg file"):
         plot([row], tmp_path / "plot.docx")
+
+
+def test_a_kept_supernet_of_a_benchmark_that_is_damaged_is_refused(tmp_path):
+    def trained():
+        return trained_supernet(1, 32, tmp_path, torch.device("cpu"), Console(quiet=True))
+
+    first, again = trained(), trained()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    (file,) = tmp_path.glob("benchmark-supernet-*.pt")
+    file.write_bytes(b"half a file")
+    with pytest.raises(UserError, match=r"kept supernet .* cannot be read: .*; remove it to train it again"):
+        trained()

@@ -6,13 +6,16 @@ import random
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from torch.nn import functional as F
 
+from bsnas.engine.checkpoints.tensor_file import load_weights
 from bsnas.engine.evaluation.images import visiting_order
+from bsnas.engine.host.errors import UserError
 from bsnas.engine.networks.supernet import Supernet
 from bsnas.engine.space.sampling import fair_round
 from bsnas.engine.space.space import Space
@@ -87,7 +90,7 @@ def trained_supernet(steps: int, resolution: int, cache: Path, device: torch.dev
     torch.manual_seed(0)
     supernet = Supernet(space, "nested").to(device)
     if file.exists():
-        supernet.load_state_dict(torch.load(file, map_location=device))
+        load_weights(supernet, _kept_weights(file), file)
         return supernet.eval()
     console.print(f"training a supernet for {steps} steps of {BATCH} images, once; kept in {file}")
     _train(supernet, images, steps, device, console)
@@ -96,6 +99,15 @@ def trained_supernet(steps: int, resolution: int, cache: Path, device: torch.dev
     torch.save(supernet.state_dict(), unfinished)
     unfinished.replace(file)
     return supernet.eval()
+
+
+def _kept_weights(file: Path) -> Any:
+    """Raises `UserError` for a file that is damaged."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"kept supernet {file} cannot be read: {line:.200}; remove it to train it again") from None
 
 
 def _train(supernet: Supernet, images: ImageArrays, steps: int, device: torch.device, console: Console) -> None:
