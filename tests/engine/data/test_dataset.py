@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torchvision
 from PIL import Image
 
 from bsnas.engine.data import builtin as sources
@@ -66,6 +67,24 @@ def test_fashion_mnist_is_written_losslessly(tmp_path, monkeypatch):
         path = root / "train" / sources.FASHION_CLASSES[label] / f"{index:05}.png"
         assert np.array_equal(np.asarray(Image.open(path)), pixels[index])
     assert sorted(os.listdir(root)) == ["train", "val"]
+
+
+def test_cifar_10_is_written_losslessly(tmp_path, monkeypatch):
+    """From what torchvision gives of its download."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+
+    class Downloaded:
+        def __init__(self, root, train, download):
+            assert download
+            Path(root).mkdir(parents=True, exist_ok=True)
+            self.data, self.targets = (pixels if train else pixels[:10]), [*range(10), 3, 1][: 12 if train else 10]
+            self.classes = [f"class{n}" for n in range(10)]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Downloaded)
+    root = sources.prepare_source("cifar10", None, tmp_path / "cache")
+    assert sorted(os.listdir(root)) == ["train", "val"]
+    assert np.array_equal(np.asarray(Image.open(root / "train" / "3_class3" / "00010.png")), pixels[10])
+    assert len(list((root / "val").rglob("*.png"))) == 10
 
 
 def test_split_is_disjoint_balanced_and_recorded(folder, tmp_path):

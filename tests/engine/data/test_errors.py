@@ -210,6 +210,21 @@ def test_fashion_mnist_neither_installed_nor_downloadable(cache, monkeypatch, tm
     )
 
 
+def test_cifar_10_that_cannot_be_downloaded(cache, monkeypatch):
+    import torchvision.datasets
+
+    def refuse(*_, **__):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", refuse)
+    with pytest.raises(UserError) as caught:
+        sources.prepare_source("cifar10", None, cache)
+    assert str(caught.value) == (
+        "CIFAR-10 could not be downloaded (no network); connect to the network, or give a directory of "
+        "train/CLASS/IMAGE and val/CLASS/IMAGE with --data.source folder --data.path DIRECTORY"
+    )
+
+
 def test_damaged_fashion_mnist(cache, monkeypatch, tmp_path):
     package = tmp_path / "package"
     package.mkdir()
