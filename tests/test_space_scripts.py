@@ -47,6 +47,7 @@ def test_images_follow_a_space_and_a_space_the_images_that_are_given():
     assert (gray.data.channels, len(gray.data.mean)) == (1, 1)
 
 
+@pytest.mark.slow
 def test_a_space_is_described_without_training(tmp_path):
     told = script(
         "search/space.py", "nas-bench-macro", "--samples", "50", "--images", "1000", "--picture", "space.svg",
@@ -212,6 +213,7 @@ identity = true
 """
 
 
+@pytest.mark.slow
 def test_a_space_of_all_families_goes_from_training_to_serving(tmp_path):
     (tmp_path / "mixed.toml").write_text(MIXED)
     assert {row.family for c in parse_space(MIXED, "mixed").table for row in c.rows} == set(FAMILIES)
