@@ -68,7 +68,8 @@ def mobile_form(space: Space) -> dict[str, Any] | None:
         ],
         "live": [[str(op) for op in ops] for ops in space.live],
     }
-    return form if of_mobile_form({k: v for k, v in form.items() if k != "live"}, space.live) == space else None
+    table = {name: value for name, value in form.items() if name != "live"}
+    return form if of_mobile_form(table, ()) == space.full() else None
 
 
 _ROW = ("blocks", "kernels", "expansions", "stride")

@@ -255,6 +255,14 @@ def test_a_space_survives_json(space):
     assert again.fingerprint == space.fingerprint == space.full().fingerprint
 
 
+def test_a_space_that_the_old_form_cannot_say_has_a_fingerprint_too():
+    """It has a stem of two clusters and a tail, but blocks that may be left out."""
+    (row,) = TINY.clusters[0].rows
+    other = TINY.with_clusters([replace(TINY.clusters[0], rows=(replace(row, identity=True),))])
+    assert other.fingerprint != TINY.with_clusters(TINY.clusters[:1]).fingerprint
+    assert Space.from_json(other.to_json()).live_fingerprint == other.live_fingerprint
+
+
 def test_the_fingerprint_is_that_of_the_table():
     assert len(TINY.fingerprint) == 64
     others = [tiny_space(classes=5), tiny_space(clusters=TINY.clusters[:2]), tiny_space(tail_channels=41)]
