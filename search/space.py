@@ -81,8 +81,9 @@ def describe(space: Space, name: str, archs: list[Arch]) -> dict[str, Any]:
     counted = f"{count:,}" if count < 10**7 else f"{count:.4g}"
     print(f"{'architectures':15} {counted}; a round of fair sampling has {space.max_live} paths")
     if space.has_identities:
-        share = len({canonical(space, arch) for arch in archs}) / len(set(archs))
-        print(f"{'':15} of {len(set(archs)):,} random texts {share:.1%} are different networks")
+        # Every network has one canonical text, so the share of these among random texts is that of networks.
+        share = sum(canonical(space, arch) == arch for arch in archs) / len(archs)
+        print(f"{'':15} about {share:.0%} of these texts are different networks, by {len(archs):,} random ones")
         figures["distinct_share"] = share
     for title, cost in ranges.items():
         low, high = cost.range()

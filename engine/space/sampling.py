@@ -1,9 +1,9 @@
 """Fair and uniform sampling of single paths.
 
 Fair sampling is FairNAS's strict fairness (arXiv 1907.01845) extended to channels that are tied inside a cluster. A
-round has as many paths as a block has live operations. While every block keeps all its operations, a round uses each
-of them exactly once. After shrinking exact equality is impossible; then two invariants hold for any window of
-consecutive rounds: the channel options of a cluster appear within one of each other, and so do the (kernel, expansion)
+round has as many paths as the largest block has live operations. While all blocks have equally many, a round uses each
+of them exactly once. Where they have not, as after shrinking, exact equality is impossible; then two invariants hold
+for any window of consecutive rounds: the channel options of a cluster appear within one of each other, and so do the
 choices of a block under one channel number.
 
 Both invariants force the *contents* of rounds to be cyclic: of n choices, n consecutive draws must be all different

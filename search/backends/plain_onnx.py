@@ -14,6 +14,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from bsnas.engine.host.atomic import write_atomically
 from bsnas.engine.networks.fold_batchnorm import fold_batchnorm
@@ -25,7 +26,8 @@ _TYPES: dict[str, int] = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16
 def write_plain_onnx(
     network: nn.Module, file: Path, *, input_shape: tuple[int, int, int], precision: Precision = "fp32"
 ) -> None:
-    """Write a network of Conv2d, BatchNorm2d, ReLU6, Linear, sums of two, and means over H and W.
+    """Write a network of Conv2d, BatchNorm2d, ReLU6, ReLU, Linear, sums of two, 3x3 max pools of stride 2, and
+    means over H and W.
 
     Args:
         network: images [N, C, H, W] -> logits [N, K]; left as it is.
@@ -79,6 +81,8 @@ class _Writer(fx.Interpreter):
             return x
         if isinstance(layer, nn.ReLU6):
             return self.add("Clip", [x, self._zero, self._six])
+        if isinstance(layer, nn.ReLU):
+            return self.add("Relu", [x])
         if isinstance(layer, nn.Conv2d):
             return self._conv(target, x, layer.weight, layer.bias, layer)
         if isinstance(layer, nn.Linear):
@@ -89,6 +93,8 @@ class _Writer(fx.Interpreter):
     def call_function(self, target: Callable[..., Any] | str, args: Any, kwargs: Any) -> str:
         if target is operator.add:
             return self.add("Add", args)
+        if getattr(target, "__name__", "") in ("max_pool2d", F.max_pool2d.__name__) and args[1:2] == (3,):
+            return self.add("MaxPool", args[:1], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
         raise TypeError(f"{target} is not written by write_plain_onnx; use export_onnx")
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> str:

@@ -34,6 +34,7 @@ from bsnas.engine.space.sampling import fair_archs, fair_round, uniform_arch
 from bsnas.engine.space.space import Space
 from bsnas.engine.space.table import Cluster, Row
 from bsnas.kernels import Block
+from bsnas.search.backends.plain_onnx import write_plain_onnx
 from bsnas.search.latency_tables.network_parts import PartTable
 from bsnas.search.latency_tables.part_stacks import stack
 from tests.engine.evaluation.cases import counts, loop_logits, random_images, recalibrated_alone, trained_like_supernet
@@ -311,10 +312,24 @@ def test_onnx_answers_like_torch_in_fp32_and_int8(family, tmp_path):
     expected = torch_logits(network, x)
     exact = compare_logits(onnx_logits(tmp_path / "fp32.onnx", x.numpy()), expected)
     assert exact.max_abs_error < 1e-3 * np.abs(expected).max()
+    write_plain_onnx(network, tmp_path / "plain.onnx", input_shape=(3, 16, 16))  # what latency tables time
+    plain = compare_logits(onnx_logits(tmp_path / "plain.onnx", x.numpy()), expected)
+    assert plain.max_abs_error < 1e-3 * np.abs(expected).max()
     quantize_onnx(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", x.numpy())
     rough = compare_logits(onnx_logits(tmp_path / "int8.onnx", x.numpy()), expected)
     assert 0 < rough.max_abs_error < 0.35 * np.abs(expected).max()
     assert rough.top1_agreement > 0.7
+
+
+def test_a_stem_with_a_max_pool_is_written_for_latency_tables(tmp_path):
+    stem = Cluster(channels=(6,), rows=(Row(family="conv", kernels=(7,), stride=2, activations=("relu",), pool=True),))
+    basic = Cluster(channels=(6, 8), rows=(Row(family="basic", blocks=2, expansions=(1,), activations=("relu",)),))
+    space = Space(table=(stem, basic), resolution=16, classes=5)
+    network = release(trained_like_supernet(space), archs_of(space, 1)[0]).eval()
+    x = images(space)
+    write_plain_onnx(network, tmp_path / "plain.onnx", input_shape=(3, 16, 16))
+    exact = compare_logits(onnx_logits(tmp_path / "plain.onnx", x.numpy()), torch_logits(network, x))
+    assert exact.max_abs_error < 1e-3
 
 
 def held(block: PlannedBlock, x: Tensor) -> int:
