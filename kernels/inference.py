@@ -126,15 +126,13 @@ def convolution(layer: LayerPlan, x: Tensor, weight: Tensor) -> Tensor:
 
 def folded(layer: LayerPlan, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """A layer with its norm folded in: convolution, bias [out], + residual, activation."""
+    fused = layer.activation == "relu6" and residual is None
     if is_matrix(layer):
-        fused = layer.activation == "relu6" and residual is None
-        y = folded_pointwise(x, weight, bias, relu6=fused, residual=residual)
-        return y if fused else activate_(y, layer.activation)
-    fused = layer.depthwise and layer.activation == "relu6" and residual is None
-    if layer.depthwise:
+        y, residual = folded_pointwise(x, weight, bias, relu6=fused, residual=residual), None
+    elif layer.depthwise:
         y = folded_depthwise(x, weight, bias, stride=layer.stride, relu6=fused)
     else:
-        y = _dense(layer, x, weight, bias)
+        y, fused = _dense(layer, x, weight, bias), False
     if residual is not None:
         y = y + residual
     return y if fused else activate_(y, layer.activation)

@@ -76,6 +76,13 @@ def is_matrix(layer: LayerPlan) -> bool:
     return layer.kernel == 1 and layer.stride == 1 and not layer.depthwise
 
 
+def centre(weight: Tensor, kernel: int) -> Tensor:
+    """The middle of a weight's kernels: [..., K, K] -> view [..., kernel, kernel]."""
+    margin = (weight.shape[-1] - kernel) // 2
+    middle = slice(margin, margin + kernel)
+    return weight[..., middle, middle]
+
+
 def slice_of(weight: Tensor, layer: LayerPlan) -> Tensor:
     """What a layer uses of a weight: [out, in] of a 1x1 convolution, else [out, in, k, k] with [out, 1, k, k] of a
     depthwise one; a view of the first rows and columns and the centre of the kernel.
@@ -86,9 +93,7 @@ def slice_of(weight: Tensor, layer: LayerPlan) -> Tensor:
     if not layer.depthwise:
         part = part[:, : layer.inputs]
     if weight.dim() == 4:
-        margin = (weight.shape[-1] - layer.kernel) // 2
-        centre = slice(margin, margin + layer.kernel)
-        part = part[:, :, centre, centre]
+        part = centre(part, layer.kernel)
     return part.flatten(1) if part.dim() == 4 and layer.kernel == 1 and not layer.depthwise else part
 
 

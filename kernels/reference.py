@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bsnas.kernels.block import BlockShape, BlockWeights
-from bsnas.kernels.plan import BlockPlan, LayerPlan, activate, run, slice_of
+from bsnas.kernels.plan import BlockPlan, LayerPlan, activate, centre, run, slice_of
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -32,8 +32,7 @@ def batch_norm(x: Tensor, bn: nn.BatchNorm2d, training: bool) -> Tensor:
 
 def centre_crop(weight: Tensor, channels: int, kernel: int) -> Tensor:
     """Depthwise weight [C_max, 1, K_max, K_max] -> view [channels, 1, kernel, kernel]."""
-    margin = (weight.shape[-1] - kernel) // 2
-    return weight[:channels, :, margin : margin + kernel, margin : margin + kernel]
+    return centre(weight[:channels], kernel)
 
 
 def pointwise(x: Tensor, weight: Tensor, out_channels: int) -> Tensor:

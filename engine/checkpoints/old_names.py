@@ -55,7 +55,8 @@ def with_present_order(content: Mapping[str, Any], part: str, parameters: Iterab
     state = optimization.get("optimizer", {}).get("state")
     if not isinstance(state, Mapping):
         return content
-    numbers = {then.index(name): number for number, name in enumerate(now)}
+    place = {name: number for number, name in enumerate(now)}
+    numbers = {number: place[name] for number, name in enumerate(then)}
     moved = {numbers.get(index, index): values for index, values in state.items()}
     optimizer = {**optimization["optimizer"], "state": moved}
     return {**content, "optimization": {**optimization, "optimizer": optimizer}}

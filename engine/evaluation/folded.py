@@ -4,7 +4,7 @@
 operation, whatever the node. `RecalibratedLayers` (engine/evaluation/recalibration.py) have statistics of each node.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,7 +81,7 @@ class Chain:
     """
 
     def __init__(
-        self, blocks: Sequence[Block], affines: Sequence[Sequence[Affine]], size: int, dtype: torch.dtype
+        self, blocks: Sequence[Block], affines: Iterable[Sequence[Affine]], size: int, dtype: torch.dtype
     ) -> None:
         self._blocks = []
         for block, each in zip(blocks, affines, strict=True):
@@ -115,7 +115,7 @@ class FoldedLayers:
     def __init__(self, supernet: Supernet, resolution: int, dtype: torch.dtype) -> None:
         self.supernet = supernet
         self.dtype = dtype
-        self.stem = Chain(supernet.stem_blocks, _running(supernet.stem_blocks), resolution, dtype)
+        self.stem = Chain(supernet.stem_blocks, map(_running, supernet.stem_blocks), resolution, dtype)
         self.classify = Classifier(supernet, dtype)
         self._blocks: dict[tuple[int, Step], FoldedBlock] = {}
         self._tails: dict[int, Chain] = {}
@@ -126,11 +126,10 @@ class FoldedLayers:
             for step in level.step_counts():
                 if (i, step) not in self._blocks:
                     block = self.supernet.block(i, step.operation, step.inputs)
-                    affines = [fold_norm(norm) for norm in block.norms]
-                    self._blocks[i, step] = fold_block(block, affines, level.in_size, self.dtype)
+                    self._blocks[i, step] = fold_block(block, _running(block), level.in_size, self.dtype)
         for width in tree.final_widths().keys() - self._tails.keys():
             blocks = self.supernet.tail_blocks(width)
-            self._tails[width] = Chain(blocks, _running(blocks), tree.levels[-1].out_size, self.dtype)
+            self._tails[width] = Chain(blocks, map(_running, blocks), tree.levels[-1].out_size, self.dtype)
 
     def block(self, level: int, step: Step, nodes: range, x: Tensor) -> Tensor:
         """One step for a batch of nodes: x [nodes * n, in, H, W] -> [nodes * n, out, H', W']."""
@@ -141,5 +140,6 @@ class FoldedLayers:
         return self.classify(self._tails[width](x))
 
 
-def _running(blocks: Sequence[Block]) -> list[list[Affine]]:
-    return [[fold_norm(norm) for norm in block.norms] for block in blocks]
+def _running(block: Block) -> list[Affine]:
+    """The scale and shift of each of its convolutions, by the statistics that training left."""
+    return [fold_norm(norm) for norm in block.norms]

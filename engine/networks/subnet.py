@@ -114,13 +114,14 @@ def release(supernet: Supernet, arch: Arch) -> Subnet:
     subnet = Subnet(supernet.space, arch).to(supernet.classifier.weight.device)
     with torch.no_grad():
         for part, source in zip(subnet.parts, supernet.path_blocks(arch), strict=True):
-            _copy_block(part, source)
+            inherit(part, source)
         subnet.classifier.weight.copy_(supernet.classifier.weight[:, : subnet.classifier.in_features])
         subnet.classifier.bias.copy_(supernet.classifier.bias)
     return subnet
 
 
-def _copy_block(part: PlannedBlock, source: Block) -> None:
+def inherit(part: PlannedBlock, source: Block) -> None:
+    """Fill a block in with its slices of a supernet's."""
     names = [layer.name for layer in cast(Plan, source.plan).convs]
     norms = dict(zip(names, source.norms, strict=True))
     for layer in part.plan.convs:

@@ -20,6 +20,7 @@ from bsnas.engine.space.plan import Conv, Plan
 from bsnas.engine.space.space import Sharing, Space
 from bsnas.engine.space.table import Cluster
 from bsnas.kernels import Block, run_blocks
+from bsnas.kernels.plan import centre
 
 
 class Variant(NamedTuple):
@@ -261,8 +262,5 @@ def crop_to(smaller: Mapping[str, Tensor], larger: Mapping[str, Tensor]) -> dict
 
 def _crop(tensor: Tensor, shape: torch.Size) -> Tensor:
     if tensor.dim() == 4:  # kernels are centred: [.., .., k, k]; where only 1x1 ones are left, their weight is [.., ..]
-        kernel = shape[2] if len(shape) == 4 else 1
-        centre = slice((tensor.shape[2] - kernel) // 2, (tensor.shape[2] + kernel) // 2)
-        tensor = tensor[:, :, centre, centre]
-        tensor = tensor if len(shape) == 4 else tensor.flatten(1)
+        tensor = centre(tensor, shape[2]) if len(shape) == 4 else centre(tensor, 1).flatten(1)
     return tensor[tuple(slice(size) for size in shape)]

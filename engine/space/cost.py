@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 from bsnas.engine.space.arch import Arch, BlockOp, Operation
-from bsnas.engine.space.plan import Conv, Plan, layer_sizes, size_after
+from bsnas.engine.space.plan import Plan, layer_sizes, size_after
 from bsnas.engine.space.space import Space
 
 Place = tuple[int, int, int, BlockOp]
@@ -111,19 +111,17 @@ def plan_bytes(plan: Plan, size: int) -> int:
     """
     if not plan.layers:
         return 0
-    shortcut, beside = plan.shortcut, 0
-    largest, at = 0, size
-    if isinstance(shortcut, Conv):
-        beside = size_after(size, shortcut.stride) ** 2 * shortcut.outputs
-        largest = size**2 * shortcut.inputs + beside
-    for layer in plan.layers:
-        written = size_after(at, layer.stride)
-        largest = max(largest, beside + at**2 * layer.inputs + written**2 * layer.outputs)
-        if shortcut and not beside:
-            beside = size**2 * layer.inputs
-        at = written
+    sizes = layer_sizes(plan, size)
+    largest = beside = 0
+    for layer, read, written in sizes[len(plan.layers) :]:  # a shortcut's own
+        beside = written**2 * layer.outputs
+        largest = read**2 * layer.inputs + beside
+    for layer, read, written in sizes[: len(plan.layers)]:
+        largest = max(largest, beside + read**2 * layer.inputs + written**2 * layer.outputs)
+        if plan.shortcut and not beside:
+            beside = read**2 * layer.inputs
     if plan.pool:
-        largest = max(largest, (at**2 + size_after(at, 2) ** 2) * plan.layers[-1].outputs)
+        largest = max(largest, (written**2 + size_after(written, 2) ** 2) * layer.outputs)
     return BYTES * largest
 
 

@@ -1,7 +1,7 @@
 """What a space is made of: clusters that share a channel number, and rows of equal blocks inside them. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -161,7 +161,7 @@ class Row:
     @property
     def _has_hidden(self) -> bool:
         """Whether its blocks choose a hidden width."""
-        return self._family.hidden != "none" and self.expand
+        return self._family.hidden and self.expand
 
     @property
     def _family(self) -> Family:
@@ -176,11 +176,6 @@ class Row:
         hidden = [(t, 0) for t in self.expansions] or [(0, w) for w in self.widths] or [(0, 0)]
         found = [BlockOp(k, t, w, letter) for k in self.kernels for t, w in hidden for letter in letters]
         return (*found, BlockOp()) if self.identity else tuple(found)
-
-    @property
-    def kind(self) -> "Row":
-        """The row without its place: rows of the same kind offer the same networks."""
-        return replace(self, blocks=1, stride=1)
 
     def plan(self, op: BlockOp, inputs: int, outputs: int, channels: int, base: int, stride: int) -> Plan:
         """The plan of a block of these sizes (engine/space/families/family.py says what each is)."""

@@ -230,8 +230,10 @@ class SupernetTraining(Training):
 
     def _warn_of_lost_range(self, before: Space, after: Space) -> None:
         """Say so when a step without a budget leaves less than four fifths of the range of MACs."""
+        if self.config.shrink.macs is not None:
+            return
         (low, high), (new_low, new_high) = (CostModel(space).macs.range() for space in (before, after))
-        if self.config.shrink.macs is None and new_high - new_low < 0.8 * (high - low):
+        if new_high - new_low < 0.8 * (high - low):
             self.reporter.say(
                 f"the step leaves {format_count(new_low)} to {format_count(new_high)} of {format_count(low)} to "
                 f"{format_count(high)} multiply-adds; a budget stays reachable with --shrink.macs LOW HIGH"

@@ -93,7 +93,7 @@ class _Writer(fx.Interpreter):
     def call_function(self, target: Callable[..., Any] | str, args: Any, kwargs: Any) -> str:
         if target is operator.add:
             return self.add("Add", args)
-        if getattr(target, "__name__", "") in ("max_pool2d", F.max_pool2d.__name__) and args[1:2] == (3,):
+        if target is F.max_pool2d and (args[1:], kwargs["stride"], kwargs["padding"]) == ((3,), 2, 1):
             return self.add("MaxPool", args[:1], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
         raise TypeError(f"{target} is not written by write_plain_onnx; use export_onnx")
 

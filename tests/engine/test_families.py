@@ -47,7 +47,7 @@ both_springs = pytest.mark.parametrize("springs", ["fixed", "sliced"])
 
 def family_space(family: str, springs: str = "fixed", **changes: object) -> Space:
     """A small space with every axis of a family, a cluster of several blocks and one of a single block."""
-    hidden = {"expansions": (1, 2)} if FAMILIES[family].hidden != "none" else {}
+    hidden = {"expansions": (1, 2)} if FAMILIES[family].hidden else {}
     axes = {"family": family, "kernels": (3, 5), "activations": ("relu", "relu6"), "identity": True, **hidden}
     plain = {**axes, "identity": False, "activations": ("relu6",), **changes}
     stem = Cluster(channels=(6,), rows=(Row(family="conv", stride=2),))

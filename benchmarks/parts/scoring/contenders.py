@@ -12,54 +12,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bsnas.benchmarks.parts.scoring.case import ImageArrays
-from bsnas.engine.evaluation.folded import plan_of, sliced_weights
+from bsnas.engine.evaluation.folded import plan_of
 from bsnas.engine.evaluation.images import visiting_order
+from bsnas.engine.networks.subnet import PlannedBlock, inherit
 from bsnas.engine.networks.supernet import Supernet, classify
 from bsnas.engine.space.arch import Arch
-from bsnas.engine.space.plan import Conv
 from bsnas.kernels import Block
-from bsnas.kernels.plan import LayerPlan, run
 
 BATCH = 64
 
 
-class EagerBlock(nn.Module):
-    """A block of standard modules, its convolutions with copies of what they use."""
+class EagerBlock(PlannedBlock):
+    """A block of a supernet with a copy of everything that it uses; standard modules in training too."""
 
     def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.plan = plan_of(block)
-        parts = zip(self.plan.convs, sliced_weights(block), block.norms, strict=True)
-        after_sum = self.plan.layers[-1] if self.plan.shortcut and self.plan.layers else None
-        self.layers = nn.ModuleList(
-            nn.Sequential(
-                _conv(layer, weight), copy.deepcopy(norm),
-                nn.Identity() if layer is after_sum else _activation(layer.activation),
-            )
-            for layer, weight, norm in parts
-        )  # fmt: skip
-        self.activation = _activation(after_sum.activation if after_sum else None)
+        super().__init__(plan_of(block))
+        with torch.no_grad():
+            inherit(self, block)
 
     def forward(self, x: Tensor) -> Tensor:
-        def layer(index: int, each: LayerPlan, y: Tensor, residual: Tensor | None) -> Tensor:
-            y = self.layers[index](y)
-            return y if residual is None else self.activation(residual + y)
-
-        return run(self.plan, x, layer)
-
-
-def _activation(name: str | None) -> nn.Module:
-    return {None: nn.Identity(), "relu6": nn.ReLU6(inplace=True), "relu": nn.ReLU(inplace=True)}[name]
-
-
-def _conv(layer: Conv, weight: Tensor) -> nn.Conv2d:
-    conv = nn.Conv2d(
-        layer.inputs, layer.outputs, layer.kernel, layer.stride, layer.kernel // 2,
-        groups=layer.inputs if layer.depthwise else 1, bias=False, device="meta",
-    )  # fmt: skip
-    weight = weight[:, :, None, None] if weight.dim() == 2 else weight
-    conv.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
-    return conv
+        return self.run(x)
 
 
 class EagerPath(nn.Module):
@@ -67,7 +39,8 @@ class EagerPath(nn.Module):
 
     def __init__(self, supernet: Supernet, arch: Arch) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*map(EagerBlock, supernet.path_blocks(arch)))
+        blocks = nn.Sequential(*map(EagerBlock, supernet.path_blocks(arch)))
+        self.layers = blocks.to(supernet.classifier.weight.device)
         self.classifier = copy.deepcopy(supernet.classifier)
 
     def forward(self, x: Tensor) -> Tensor:

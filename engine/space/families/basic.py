@@ -15,4 +15,4 @@ def plan(block: Block) -> Plan:
     )
 
 
-FAMILY = Family("basic", "ResNet's block of two convolutions", plan, "output", frozenset({"shortcut"}))
+FAMILY = Family("basic", "ResNet's block of two convolutions", plan, True, frozenset({"shortcut"}))

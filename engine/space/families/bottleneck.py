@@ -16,4 +16,4 @@ def plan(block: Block) -> Plan:
     )
 
 
-FAMILY = Family("bottleneck", "ResNet's block of 1x1, kxk and 1x1", plan, "output", frozenset({"shortcut"}))
+FAMILY = Family("bottleneck", "ResNet's block of 1x1, kxk and 1x1", plan, True, frozenset({"shortcut"}))

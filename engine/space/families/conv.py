@@ -10,6 +10,6 @@ def plan(block: Block) -> Plan:
 
 
 FAMILY = Family(
-    "conv", "convolution, norm, activation, and a 3x3 max pool with `pool = true`", plan, "none", frozenset({"pool"}),
+    "conv", "convolution, norm, activation, and a 3x3 max pool with `pool = true`", plan, False, frozenset({"pool"}),
     fixed_text=True,
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from bsnas.engine.space.plan import Activation, Conv, Plan, Shortcut
 
@@ -41,10 +41,6 @@ class Block(NamedTuple):
         return self.stride == 1 and self.inputs == self.channels < self.outputs
 
 
-Hidden = Literal["input", "output", "none"]
-"""What an expansion ratio multiplies: the block's input, its cluster's selected channels; or it has no hidden width."""
-
-
 @dataclass(frozen=True)
 class Family:
     """One kind of block."""
@@ -53,7 +49,8 @@ class Family:
     about: str
     """One line for `search/space.py` and error messages."""
     plan: Callable[[Block], Plan]
-    hidden: Hidden
+    hidden: bool
+    """Whether its blocks have a hidden width to choose."""
     settings: frozenset[str] = frozenset()
     """Which of `expand`, `shortcut` and `pool` a row of it may set."""
     fixed_text: bool = False

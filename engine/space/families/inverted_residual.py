@@ -19,6 +19,4 @@ def plan(block: Block) -> Plan:
     )
 
 
-FAMILY = Family(
-    "ir", "inverted residual: 1x1 expansion, depthwise, 1x1 projection", plan, "input", frozenset({"expand"})
-)
+FAMILY = Family("ir", "inverted residual: 1x1 expansion, depthwise, 1x1 projection", plan, True, frozenset({"expand"}))

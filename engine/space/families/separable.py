@@ -17,4 +17,4 @@ def plan(block: Block) -> Plan:
     )  # fmt: skip
 
 
-FAMILY = Family("separable", "depthwise convolution, 1x1 projection", plan, "none", fixed_text=True)
+FAMILY = Family("separable", "depthwise convolution, 1x1 projection", plan, False, fixed_text=True)

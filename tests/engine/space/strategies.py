@@ -21,7 +21,7 @@ def rows(draw: st.DrawFn, families: tuple[str, ...] = tuple(FAMILIES)) -> Row:
     pool = "pool" in family.settings and draw(st.integers(0, 5)) == 0
     expand = "expand" not in family.settings or draw(st.integers(0, 4)) > 0
     hidden = {}
-    if family.hidden != "none" and expand:
+    if family.hidden and expand:
         hidden = draw(
             st.sampled_from(
                 (
