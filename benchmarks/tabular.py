@@ -1,23 +1,45 @@
-"""Compare public tables of networks with this project: what each network costs.
+"""Compare public tables of networks with this project: what each network costs, and how well one-shot scores rank them.
 
 python benchmarks/tabular.py --table nas-bench-macro_cifar10.json --check-costs --json costs.json
+python benchmarks/tabular.py --table nas-bench-macro_cifar10.json --run runs/nas-bench --half choose --json ranking.json
 
-The space of a table is recognised. --check-costs compares multiply-adds and parameters of every row.
+The space of a table is recognised. --check-costs compares multiply-adds and parameters of every row. --run scores all
+different networks with the weights of a supernet of that space, trained without shrinking, and says how well the scores
+rank them: over all, and among those of about 40, 60 and 80 M multiply-adds, where size decides nothing; what a search
+by these scores finds at each budget; and beside it, what multiply-adds, parameters and random searches come to.
+Settings are chosen on one half of the networks and reported on the other.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 if find_spec("bsnas") is None:
     print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
     sys.exit(2)
 
+from bsnas.engine.host.preemption import handle_signals
+
+if __name__ == "__main__":
+    handle_signals()  # before the imports below, which take seconds
+
 from bsnas.benchmarks.parts.tabular.public_table import PublicTable
+from bsnas.benchmarks.parts.tabular.ranking import BUDGETS, Half, against_the_best, ceilings, ranking
+from bsnas.benchmarks.parts.tabular.scored_run import ScoredRun
+from bsnas.benchmarks.parts.timing.provenance import provenance
+from bsnas.benchmarks.parts.timing.turns import append_rows, write_csv
+from bsnas.engine.evaluation.evaluator import BatchNormMode
+from bsnas.engine.evaluation.trained_run import TrainedRun
+from bsnas.engine.host.distributed import entered_by_main, start_process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
+from bsnas.engine.runs.commands import recorded
+from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.space.canonical import canonical
+from bsnas.search.algorithms.evolution import EvolutionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,33 +48,145 @@ class TabularArguments:
     """JSON file of a public table."""
     check_costs: bool = False
     """Compare multiply-adds and parameters of every row with this project's."""
+    run: Path | None = None
+    """Run directory of a supernet of the table's space: rank the table's networks by its scores."""
+    half: Half | None = None
+    """Rank the networks whose codes have an even CRC-32 (choose) or an odd one (report); by default all."""
+    bn: BatchNormMode | None = None
+    """Statistics of scored subnets; by default as in the run's shrink steps."""
+    population: int = 75
+    """Architectures in a generation of the search; the defaults are search/evolve.py's."""
+    iterations: int = 20
+    """Generations after the first, random one."""
+    scores: Path | None = None
+    """File for the scores of every network that was ranked (CSV)."""
+    rows: Path | None = None
+    """CSV file to which a line with the main figures is appended."""
+    method: str | None = None
+    """How the supernet was trained, in a word, for that line; needed with --rows."""
     json: Path | None = None
     """File for the figures."""
+
+    def __post_init__(self) -> None:
+        if not self.check_costs and self.run is None:
+            raise UserError("nothing was asked for; give --check-costs, or --run with a trained supernet")
+        if self.run is None and (self.half or self.bn or self.scores or self.rows):
+            raise UserError(
+                "--half, --bn, --scores and --rows are about the scores of a run; give --run, or leave them out"
+            )
+        if bool(self.rows) != bool(self.method):
+            raise UserError("--rows and --method belong together; give both or neither")
 
 
 def main() -> None:
     arguments = parse(TabularArguments, __doc__, sys.argv[1:])
-    if not arguments.check_costs:
-        raise UserError("nothing was asked for; give --check-costs")
     table = PublicTable.read(arguments.table)
-    mismatches = list(table.mismatches())
     distinct = len({canonical(table.space, arch) for arch in table.archs()})
     print(f"{arguments.table.name}: {len(table.rows):,} networks of the space {table.name}, {distinct:,} different")
+    figures = {"table": arguments.table.name, "space": table.name, "rows": len(table.rows), "distinct": distinct}
+    if arguments.check_costs:
+        figures["mismatches"] = count_mismatches(table)
+    if arguments.run is not None:
+        figures |= rank_by_run(table, arguments.run, arguments)
+    write_figures(arguments.json, figures)
+    if figures.get("mismatches"):
+        sys.exit(1)
+
+
+def count_mismatches(table: PublicTable) -> int:
+    """Rows with other costs than here, the first of which are shown."""
+    mismatches = list(table.mismatches())
     for row, macs, params in mismatches[:5]:
         print(
             f"{row.code}: {row.macs} multiply-adds and {row.params} parameters in the table, {macs} and {params} here"
         )
     print(f"{len(mismatches):,} rows with other costs than here")
+    return len(mismatches)
+
+
+def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments) -> dict[str, Any]:
+    """Score, rank and search. Returns figures of --json."""
+    process = start_process()
+    trained = TrainedRun.open(path, process)
+    config = EvolutionConfig.scaled(
+        population=arguments.population, iterations=arguments.iterations, seed=trained.config.seed
+    )
+    scored = ScoredRun(trained, arguments.bn, table, arguments.half)
+    scored.check()
+    with entered_by_main(process, trained.run.lock()), recorded(trained.run, "tabular", device=process.device):
+        networks = scored.rows()
+        rows, scores = list(networks.values()), scored.scores(list(networks))
+        found = scored.found(networks, config)
+    if not process.is_main:
+        return {}
+    found_rows = {budget: against_the_best(rows, row, budget) for budget, row in found.items()}
     figures = {
-        "table": arguments.table.name,
         "space": table.name,
-        "rows": len(table.rows),
-        "mismatches": len(mismatches),
-        "distinct": distinct,
+        "half": arguments.half,
+        "bn": scored.trained.evaluator(arguments.bn).bn,
+        "seed": trained.config.seed,
+        "networks": len(rows),
+        **ranking(rows, [score.top1 for score in scores]),
+        **ranking(rows, [-score.loss for score in scores], name="loss"),
+        **ranking(rows, [row.macs for row in rows], name="macs"),
+        **ranking(rows, [row.params for row in rows], name="params"),
+        **ceilings(rows),
+        "regret": {budget: row["regret"] for budget, row in found_rows.items()},
+        "rank": {budget: row["rank"] for budget, row in found_rows.items()},
+        "budgets": found_rows,
+        **provenance(),
     }
-    write_figures(arguments.json, figures)
-    if mismatches:
-        sys.exit(1)
+    print_ranking(figures)
+    if arguments.scores is not None:
+        pairs = zip(rows, scores, strict=True)
+        lines = [{"code": r.code, "top1": round(s.top1, 6), "loss": round(s.loss, 6)} for r, s in pairs]
+        write_csv(arguments.scores, lines)
+    if arguments.rows is not None:
+        append_rows(arguments.rows, [line_of(figures, trained, arguments.method)])
+    return figures
+
+
+def print_ranking(figures: Mapping[str, Any]) -> None:
+    """A line for each score, and one for each budget."""
+    print(f"\n{figures['networks']:,} networks ranked; tau over all, and inside bands of multiply-adds")
+    for title, name in (
+        ("one-shot top-1", ""),
+        ("one-shot loss", "_loss"),
+        ("MACs", "_macs"),
+        ("parameters", "_params"),
+    ):
+        overall, bands = figures[f"tau{name}"], figures[f"tau{name}_bands"]
+        (low, high), (band_low, band_high) = figures[f"tau{name}_interval"], figures[f"tau{name}_bands_interval"]
+        print(f"{title:15}{overall:7.3f} ({low:.3f} to {high:.3f}){bands:9.3f} ({band_low:.3f} to {band_high:.3f})")
+    print(f"{'no score passes':15}{figures['ceiling']:7.3f}{'':17}{figures['ceiling_bands']:9.3f}")
+    for budget in sorted(set(BUDGETS) - figures["budgets"].keys()):
+        print(f"at {budget} M: the search met none of the networks that are ranked")
+    for budget, row in figures["budgets"].items():
+        random = ", ".join(f"{regret:.2f} of {count}" for count, regret in row["random"].items())
+        print(
+            f"at {budget} M: {row['code']} with {row['accuracy']:.2f} %, rank {row['rank']} of {row['networks']}, "
+            f"regret {row['regret']:.2f}; the best random one: {random}"
+        )
+
+
+def line_of(figures: Mapping[str, Any], trained: TrainedRun, method: str | None) -> dict[str, Any]:
+    """The main figures, with how long the supernet trained and by which command."""
+    trainings = [command for command in RunFacts(trained.run.path).commands if command["script"] == "train"]
+    return {
+        "table": figures["space"],
+        "half": figures["half"] or "all",
+        "method": method,
+        "seed": figures["seed"],
+        "tau": round(figures["tau"], 4),
+        "tau_bands": round(figures["tau_bands"], 4),
+        **{
+            f"regret_{budget}": round(figures["regret"][budget], 3) if budget in figures["regret"] else ""
+            for budget in BUDGETS
+        },
+        "minutes": round(sum(command.get("seconds", 0) for command in trainings) / 60, 1),
+        "command": trainings[0]["command"] if trainings else "",
+        "commit": figures["commit"],
+    }
 
 
 if __name__ == "__main__":

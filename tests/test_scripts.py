@@ -1,8 +1,6 @@
 """The scripts as a user runs them: the imagenet preset end to end on generated JPEGs, and every mistake in one line."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +8,7 @@ import pytest
 from PIL import Image
 
 from bsnas.engine.runs.rundir import RunDir
-from tests import ROOT
-
-
-def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=280)
+from tests import script
 
 
 def write_photographs(root: Path) -> Path:

@@ -1,7 +1,6 @@
 """evolve.py, export.py and latency.py on a run directory: results, files, continuation, and errors of the user."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from bsnas.search.algorithms.evolution import EvolutionConfig
 from bsnas.search.evolve import EvolveArguments
 from bsnas.search.runs.history import History
 from bsnas.search.runs.search_run import search_run
-from tests import ROOT
+from tests import script
 from tests.search.runs import small_space, untrained_run
 
 ALONE = Process(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -41,11 +40,6 @@ ARCH = "c8:k5t3,k3t3_c8:k5t2,k7t3"
 def trained(tmp_path) -> TrainedRun:
     untrained_run(tmp_path / "run")
     return TrainedRun.open(tmp_path / "run", ALONE)
-
-
-def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200)
 
 
 def read(file: Path):

@@ -1,4 +1,4 @@
-"""A public table: codes of networks with their multiply-adds and parameters, and the space that they are of.
+"""A public table: codes of networks with their costs and accuracies, and the space that they are of.
 
 NAS-Bench-Macro (arXiv 2103.11922) and Channel-Bench-Macro publish such files. A code has a digit for each choice of its
 space, in the order in which the network meets what is chosen: a cluster's channels follow its first block's choice.
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.arch import Arch, BlockOp
+from bsnas.engine.space.canonical import canonical
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.space import Space
 from bsnas.engine.space.spaces import space_named, space_names
@@ -26,6 +27,12 @@ class Row(NamedTuple):
     code: str
     macs: int
     params: int
+    accuracies: tuple[float, ...] = ()
+    """Test top-1 in percent of each training of it; none in a table of costs."""
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.accuracies) / len(self.accuracies)
 
 
 class CodeReader:
@@ -99,6 +106,12 @@ class PublicTable:
         reader, lowest = CodeReader(self.space), int(min(digit for row in self.rows for digit in row.code))
         return [reader.arch(row.code, lowest) for row in self.rows]
 
+    def distinct(self) -> dict[Arch, Row]:
+        """The different networks, each by its canonical architecture; of equal ones the canonical one's row."""
+        pairs = list(zip(self.archs(), self.rows, strict=True))
+        found = {arch: row for arch, row in pairs if canonical(self.space, arch) == arch}
+        return found | {c: row for arch, row in pairs if (c := canonical(self.space, arch)) not in found}
+
     def mismatches(self) -> Iterator[tuple[Row, int, int]]:
         """Rows whose multiply-adds or parameters are not ours, with ours."""
         costs = CostModel(self.space)
@@ -127,4 +140,7 @@ def _row(code: str, values: Mapping[str, Any]) -> Row:
     macs, params = values["flops"], values["params"]
     if type(macs) is not int or type(params) is not int:
         raise ValueError("flops and params are whole numbers")
-    return Row(code, macs, params)
+    accuracies = tuple(values.get("test_acc", values.get("acc", ())))
+    if any(type(accuracy) not in (int, float) or not 0 <= accuracy <= 100 for accuracy in accuracies):
+        raise ValueError("accuracies are percent")
+    return Row(code, macs, params, accuracies)

@@ -1,0 +1,153 @@
+"""Ranking the networks of a public table: the statistics, the halves, and a run of the table's space."""
+
+import csv
+import itertools
+import json
+import zlib
+
+import numpy as np
+import pytest
+from scipy.stats import kendalltau
+
+from bsnas.benchmarks.parts.tabular.public_table import CodeReader, PublicTable, Row
+from bsnas.benchmarks.parts.tabular.ranking import against_the_best, ceilings, in_half, ranking, tau_in_bands
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.spaces import space_named
+from tests import script
+
+
+def rows_of(accuracies, macs):
+    return [Row(f"{i}", int(m), 1000 + i, (a,)) for i, (a, m) in enumerate(zip(accuracies, macs, strict=True))]
+
+
+def test_tau_in_bands_counts_the_pairs_inside_bands_only():
+    macs = np.array([38.1e6, 40e6, 41.9e6, 60e6, 61e6, 62e6, 62.5e6, 50e6, 100e6])
+    accuracies = np.array([1.0, 2, 3, 4, 5, 6, 7, 8, 9])
+    scores = np.array([3.0, 2, 1, 1, 2, 3, 4, -5, -9])
+    # 3 pairs at 40 M, all wrong; 6 pairs at 60 M, all right; none elsewhere.
+    assert tau_in_bands(scores, accuracies, macs) == pytest.approx((-3 + 6) / 9)
+    assert tau_in_bands(scores, accuracies, np.full(9, 100e6)) == 0
+
+
+def test_a_ranking_has_its_interval_around_it():
+    rng = np.random.default_rng(1)
+    accuracies, macs = rng.normal(90, 1, 80), rng.uniform(37e6, 83e6, 80)
+    scores = accuracies + rng.normal(0, 1, 80)
+    found = ranking(rows_of(accuracies, macs), scores, name="x")
+    assert found["tau_x"] == pytest.approx(kendalltau(scores, accuracies).statistic)
+    assert found.keys() == {
+        f"{key}{end}" for key in ("tau_x", "spearman_x", "tau_x_bands") for end in ("", "_interval")
+    }
+    for key in ("tau_x", "spearman_x", "tau_x_bands"):
+        low, high = found[f"{key}_interval"]
+        assert low < found[key] < high
+
+
+def test_no_score_passes_the_ceiling_of_noisy_trainings():
+    rng = np.random.default_rng(2)
+    true = rng.normal(90, 1, 4000)
+    trainings = true[:, None] + rng.normal(0, 1, (4000, 3))
+    rows = [Row(f"{i}", 60_000_000, 1, tuple(values)) for i, values in enumerate(trainings)]
+    ceiling = ceilings(rows)
+    perfect = kendalltau(true, trainings.mean(1)).statistic
+    assert ceiling["ceiling"] == pytest.approx(perfect, abs=0.02)
+    assert ceiling["ceiling_bands"] == pytest.approx(perfect, abs=0.02)
+
+
+def test_what_is_found_stands_beside_random_searches():
+    rows = rows_of([90.0, 91, 92, 93, 99], [50e6, 50e6, 60e6, 60e6, 61e6])
+    result = against_the_best(rows, rows[1], 60)
+    assert (result["regret"], result["rank"], result["networks"]) == (2.0, 3, 4)  # the one of 61 M is outside
+    assert result["random"][1] == pytest.approx(1.5, abs=0.03)
+    assert result["random"][10] == pytest.approx(sum((k / 4) ** 10 for k in (1, 2, 3)), abs=0.02)
+
+
+def test_the_halves_are_by_the_crc_of_codes():
+    rows = rows_of(range(100), range(100))
+    chosen = [row for row in rows if in_half(row, "choose")]
+    assert [row for row in rows if in_half(row, "report")] == [row for row in rows if row not in chosen]
+    assert all(zlib.crc32(row.code.encode()) % 2 == 0 for row in chosen)
+    assert 30 < len(chosen) < 70
+    assert all(in_half(row, None) for row in rows)
+
+
+def small_table(path):
+    """Some rows of NAS-Bench-Macro's space with accuracies made up, among them all digits at every place."""
+    space = space_named("nas-bench-macro")
+    reader, costs = CodeReader(space), CostModel(space)
+    codes = [*map("".join, itertools.product("012", repeat=8))][::61]
+    codes.append("22222222")
+    rows = {}
+    for i, code in enumerate(codes):
+        macs, params = costs.macs_and_params(reader.arch(code, 0))
+        rows[code] = {"flops": macs, "params": params, "test_acc": [80 + i % 13, 81 + i % 13, 80 + i % 11]}
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_equal_networks_are_one(tmp_path):
+    table = PublicTable.read(small_table(tmp_path / "table.json"))
+    distinct = table.distinct()
+    assert len(distinct) < len(table.rows)
+    macs = CostModel(table.space).macs
+    assert all(macs(arch) == row.macs for arch, row in distinct.items())
+
+
+@pytest.mark.slow
+def test_a_run_ranks_a_table(tmp_path):
+    small_table(tmp_path / "table.json")
+    trained = script(
+        "engine/train.py", "--space", "nas-bench-macro", "--preset", "digits", "--run", "run",
+        "--shrink.first-epochs", "1", "--shrink.keep",
+        "--optimizer.warmup-epochs", "0", "--data.val-per-class", "2", "--shrink.bn", "running",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    command = (
+        "benchmarks/tabular.py", "--table", "table.json", "--run", "run", "--population", "9", "--iterations", "1",
+    )  # fmt: skip
+    done = script(
+        *command, "--scores", "scores.csv", "--rows", "rows.csv", "--method", "plain", "--json", "out.json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "out.json").read_text())
+    table = PublicTable.read(tmp_path / "table.json")
+    assert figures["networks"] == len(table.distinct())
+    scores = list(csv.DictReader((tmp_path / "scores.csv").open()))
+    assert [row["code"] for row in scores] == [row.code for row in table.distinct().values()]
+    accuracy = {row.code: row.accuracy for row in table.rows}
+    expected = kendalltau([float(row["top1"]) for row in scores], [accuracy[row["code"]] for row in scores]).statistic
+    assert figures["tau"] == pytest.approx(expected)
+    (line,) = csv.DictReader((tmp_path / "rows.csv").open())
+    assert (line["table"], line["half"], line["method"], line["seed"]) == ("nas-bench-macro", "all", "plain", "0")
+    assert "--space nas-bench-macro" in line["command"]
+    assert float(line["minutes"]) > 0
+
+    half = script(*command, "--half", "report", "--json", "half.json", cwd=tmp_path)
+    assert half.returncode == 0, half.stderr
+    assert 0 < json.loads((tmp_path / "half.json").read_text())["networks"] < figures["networks"]
+
+    costs = {code: {**row, "test_acc": []} for code, row in json.loads((tmp_path / "table.json").read_text()).items()}
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    refused = script("benchmarks/tabular.py", "--table", "costs.json", "--run", "run", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert (
+        "has networks without accuracies, so nothing to rank by; give one whose entries have test_acc" in refused.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--check-costs", "--half", "choose"), "are about the scores of a run; give --run, or leave them out"),
+        (("--run", "run", "--rows", "rows.csv"), "--rows and --method belong together; give both or neither"),
+        (("--run", "none"), "holds no run (config.json is missing)"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, message, tmp_path):
+    small_table(tmp_path / "table.json")
+    done = script("benchmarks/tabular.py", "--table", "table.json", *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
