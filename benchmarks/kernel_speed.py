@@ -489,12 +489,12 @@ def main() -> None:
     for key, value in figures.items():
         if "speedup" in key:
             print(f"{key} {value:.2f}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
     append_rows(
         args.results,
         [figures["device"] | {c: row.get(c) for c in COLUMNS} for row in figures["rows"]],
     )
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

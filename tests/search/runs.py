@@ -7,10 +7,9 @@ import torch
 
 from bsnas.engine.checkpoints.checkpoint import write_checkpoint
 from bsnas.engine.checkpoints.manifest import Manifest, Progress
-from bsnas.engine.config import RunConfig
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.networks.supernet import Supernet
-from bsnas.engine.presets import preset
+from bsnas.engine.presets import preset, with_space
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.mobile import mobile_cluster, mobile_space
 from bsnas.engine.space.space import Space
@@ -31,10 +30,10 @@ def small_space() -> Space:
     )
 
 
-def untrained_run(path: Path) -> RunDir:
+def untrained_run(path: Path, space: Space | None = None) -> RunDir:
     """A digits run that has one checkpoint of random weights, as if it had been trained."""
-    space = small_space()
-    config: RunConfig = replace(preset("digits"), space=space, data=DataConfig(source="digits", resolution=16))
+    space = space or small_space()
+    config = with_space(replace(preset("digits"), data=DataConfig(source="digits", resolution=16)), space)
     run = RunDir.create(path, config)
     torch.manual_seed(0)
     supernet = Supernet(space, config.sharing)

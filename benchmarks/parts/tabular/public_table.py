@@ -124,7 +124,7 @@ class PublicTable:
 def _read_rows(file: Path) -> tuple[Row, ...]:
     try:
         data = json.loads(file.read_bytes())
-        rows = tuple(_row(code, values) for code, values in data.items())
+        rows = tuple(row_of(code, values) for code, values in data.items())
     except OSError as error:
         raise UserError(f"table {file} cannot be read: {error.strerror}; give a public table's JSON file") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -136,7 +136,8 @@ def _read_rows(file: Path) -> tuple[Row, ...]:
     return rows
 
 
-def _row(code: str, values: Mapping[str, Any]) -> Row:
+def row_of(code: str, values: Mapping[str, Any]) -> Row:
+    """An entry of a table's file. Raises one of several errors when it is none."""
     macs, params = values["flops"], values["params"]
     if type(macs) is not int or type(params) is not int:
         raise ValueError("flops and params are whole numbers")

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from bsnas.engine.host.atomic import write_atomically
+from bsnas.engine.host.atomic import write_atomically, write_error
+from bsnas.engine.host.errors import UserError
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
@@ -72,14 +73,27 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Append rows to a CSV file, with a header where it is new; all rows have the same columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    """Append rows to a CSV file, with a header where it is new; all rows have the same columns.
+
+    Raises `UserError` when the file has other columns or cannot be written.
+    """
+    columns = list(rows[0])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+", newline="") as file:
+            file.seek(0)
+            held = next(csv.reader(file), columns)
+            if held != columns:
+                raise UserError(
+                    f"{path} has the columns {', '.join(held)}, not {', '.join(columns)}; give another file"
+                )
+            new = file.seek(0, io.SEEK_END) == 0
+            writer = csv.DictWriter(file, fieldnames=columns)
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise write_error(path, error) from None
 
 
 def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
