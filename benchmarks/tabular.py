@@ -27,18 +27,17 @@ if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
 from bsnas.benchmarks.parts.tabular.public_table import PublicTable
-from bsnas.benchmarks.parts.tabular.ranking import BUDGETS, Half, against_the_best, ceilings, ranking
-from bsnas.benchmarks.parts.tabular.scored_run import ScoredRun
+from bsnas.benchmarks.parts.tabular.ranking import BUDGETS, Half, against_the_best, ceilings, in_half, ranking
+from bsnas.benchmarks.parts.tabular.scored_run import check_run, search_budgets
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.benchmarks.parts.timing.turns import append_rows, write_csv
 from bsnas.engine.evaluation.evaluator import BatchNormMode
 from bsnas.engine.evaluation.trained_run import TrainedRun
-from bsnas.engine.host.distributed import entered_by_main, start_process
+from bsnas.engine.host.distributed import Process, entered_by_main, start_process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.facts import RunFacts
-from bsnas.engine.space.canonical import canonical
 from bsnas.search.algorithms.evolution import EvolutionConfig
 
 
@@ -80,15 +79,22 @@ class TabularArguments:
 
 def main() -> None:
     arguments = parse(TabularArguments, __doc__, sys.argv[1:])
+    process = start_process() if arguments.run is not None else None
     table = PublicTable.read(arguments.table)
-    distinct = len({canonical(table.space, arch) for arch in table.archs()})
-    print(f"{arguments.table.name}: {len(table.rows):,} networks of the space {table.name}, {distinct:,} different")
-    figures = {"table": arguments.table.name, "space": table.name, "rows": len(table.rows), "distinct": distinct}
-    if arguments.check_costs:
+    is_main = process is None or process.is_main
+    figures: dict[str, Any] = {"table": arguments.table.name, "space": table.name, "rows": len(table.rows)}
+    figures["distinct"] = len(table.distinct)
+    if is_main:
+        print(
+            f"{arguments.table.name}: {figures['rows']:,} networks of the space {table.name}, "
+            f"{figures['distinct']:,} different"
+        )
+    if arguments.check_costs and is_main:
         figures["mismatches"] = count_mismatches(table)
-    if arguments.run is not None:
-        figures |= rank_by_run(table, arguments.run, arguments)
-    write_figures(arguments.json, figures)
+    if arguments.run is not None and process is not None:
+        figures |= rank_by_run(table, arguments.run, arguments, process)
+    if is_main:
+        write_figures(arguments.json, figures)
     if figures.get("mismatches"):
         sys.exit(1)
 
@@ -104,26 +110,24 @@ def count_mismatches(table: PublicTable) -> int:
     return len(mismatches)
 
 
-def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments) -> dict[str, Any]:
-    """Score, rank and search. Returns figures of --json."""
-    process = start_process()
+def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, process: Process) -> dict[str, Any]:
+    """Score on all ranks, rank and search. Returns figures of --json; on the main process alone."""
     trained = TrainedRun.open(path, process)
     config = EvolutionConfig.scaled(
         population=arguments.population, iterations=arguments.iterations, seed=trained.config.seed
     )
-    scored = ScoredRun(trained, arguments.bn, table, arguments.half)
-    scored.check()
+    check_run(trained, table)
     with entered_by_main(process, trained.run.lock()), recorded(trained.run, "tabular", device=process.device):
-        networks = scored.rows()
-        rows, scores = list(networks.values()), scored.scores(list(networks))
-        found = scored.found(networks, config)
+        networks = {arch: row for arch, row in table.distinct.items() if in_half(row, arguments.half)}
+        evaluator = trained.evaluator(arguments.bn)
+        rows, scores = list(networks.values()), evaluator.evaluate(list(networks))
+        found = search_budgets(evaluator, networks, config)
     if not process.is_main:
         return {}
     found_rows = {budget: against_the_best(rows, row, budget) for budget, row in found.items()}
     figures = {
-        "space": table.name,
         "half": arguments.half,
-        "bn": scored.trained.evaluator(arguments.bn).bn,
+        "bn": evaluator.bn,
         "seed": trained.config.seed,
         "networks": len(rows),
         **ranking(rows, [score.top1 for score in scores]),
@@ -142,7 +146,7 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments) -> 
         lines = [{"code": r.code, "top1": round(s.top1, 6), "loss": round(s.loss, 6)} for r, s in pairs]
         write_csv(arguments.scores, lines)
     if arguments.rows is not None:
-        append_rows(arguments.rows, [line_of(figures, trained, arguments.method)])
+        append_rows(arguments.rows, [line_of(table, figures, trained, arguments.method)])
     return figures
 
 
@@ -169,11 +173,11 @@ def print_ranking(figures: Mapping[str, Any]) -> None:
         )
 
 
-def line_of(figures: Mapping[str, Any], trained: TrainedRun, method: str | None) -> dict[str, Any]:
+def line_of(table: PublicTable, figures: Mapping[str, Any], trained: TrainedRun, method: str | None) -> dict[str, Any]:
     """The main figures, with how long the supernet trained and by which command."""
     trainings = [command for command in RunFacts(trained.run.path).commands if command["script"] == "train"]
     return {
-        "table": figures["space"],
+        "table": table.name,
         "half": figures["half"] or "all",
         "method": method,
         "seed": figures["seed"],

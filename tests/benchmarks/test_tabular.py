@@ -15,7 +15,7 @@ from scipy.stats import kendalltau
 
 from bsnas.benchmarks.parts.tabular.public_table import CodeReader, PublicTable, Row, row_of
 from bsnas.benchmarks.parts.tabular.ranking import against_the_best, ceilings, in_half, ranking, tau_in_bands
-from bsnas.benchmarks.parts.tabular.scored_run import ScoredRun
+from bsnas.benchmarks.parts.tabular.scored_run import check_run, search_budgets
 from bsnas.benchmarks.parts.timing.turns import append_rows
 from bsnas.benchmarks.tabular import TabularArguments
 from bsnas.engine.evaluation.trained_run import TrainedRun
@@ -24,6 +24,7 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.spaces import space_named
+from bsnas.search.algorithms.evolution import EvolutionConfig
 from tests import script
 from tests.search.runs import untrained_run
 
@@ -99,7 +100,7 @@ def small_table(path):
 
 def test_equal_networks_are_one(tmp_path):
     table = PublicTable.read(small_table(tmp_path / "table.json"))
-    distinct = table.distinct()
+    distinct = table.distinct
     assert len(distinct) == len(table.rows) - 1
     assert {"22201222", "22210222"} & {row.code for row in distinct.values()} == {"22210222"}
     macs = CostModel(table.space).macs
@@ -123,9 +124,9 @@ def test_a_run_ranks_a_table(tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "out.json").read_text())
     table = PublicTable.read(tmp_path / "table.json")
-    assert figures["networks"] == len(table.distinct())
+    assert figures["networks"] == len(table.distinct)
     scores = list(csv.DictReader((tmp_path / "scores.csv").open()))
-    assert [row["code"] for row in scores] == [row.code for row in table.distinct().values()]
+    assert [row["code"] for row in scores] == [row.code for row in table.distinct.values()]
     accuracy = {row.code: row.accuracy for row in table.rows}
     expected = kendalltau([float(row["top1"]) for row in scores], [accuracy[row["code"]] for row in scores]).statistic
     assert figures["tau"] == pytest.approx(expected)
@@ -163,9 +164,15 @@ def test_what_does_not_go_together_is_refused(options, message):
 def test_a_run_of_another_space_is_refused(tmp_path):
     table = PublicTable.read(small_table(tmp_path / "table.json"))
     untrained_run(tmp_path / "run")
-    scored = ScoredRun(TrainedRun.open(tmp_path / "run", Process.current(torch.device("cpu"))), None, table, None)
+    trained = TrainedRun.open(tmp_path / "run", Process.current(torch.device("cpu")))
     with pytest.raises(UserError, match="has another space than nas-bench-macro, or was shrunk; train one with"):
-        scored.check()
+        check_run(trained, table)
+
+
+def test_a_budget_that_no_network_of_the_space_keeps_is_left_out(tmp_path):
+    untrained_run(tmp_path / "run", space_named("channel-bench-resnet"))  # its smallest network has 90 M multiply-adds
+    evaluator = TrainedRun.open(tmp_path / "run", Process.current(torch.device("cpu"))).evaluator("running")
+    assert search_budgets(evaluator, {}, EvolutionConfig()) == {}
 
 
 def test_rows_are_appended_below_their_header_only(tmp_path):

@@ -7,6 +7,7 @@ space, in the order in which the network meets what is chosen: a cluster's chann
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +107,7 @@ class PublicTable:
         reader, lowest = CodeReader(self.space), int(min(digit for row in self.rows for digit in row.code))
         return [reader.arch(row.code, lowest) for row in self.rows]
 
+    @cached_property
     def distinct(self) -> dict[Arch, Row]:
         """The different networks, each by its canonical architecture; of equal ones the canonical one's row."""
         pairs = list(zip(self.archs(), self.rows, strict=True))

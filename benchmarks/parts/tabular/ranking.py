@@ -11,13 +11,11 @@ from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import kendalltau, spearmanr
 
+from bsnas.benchmarks.parts.study.agreement import Indices, Values, statistic_of, with_interval
 from bsnas.benchmarks.parts.tabular.public_table import Row
 
 Half = Literal["choose", "report"]
-Values = NDArray[np.float64]
 
 BUDGETS = (40, 60, 80)
 """Millions of multiply-adds: the middles of bands, and the limits of searches."""
@@ -35,17 +33,13 @@ def in_half(row: Row, half: Half | None) -> bool:
 
 
 def tau(scores: Values, accuracies: Values) -> float:
-    """Kendall's tau-b; 0 where either has a single value."""
-    if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(accuracies) == 0:
-        return 0.0
-    return float(kendalltau(scores, accuracies).statistic)
+    """Kendall's tau-b; 0 where it does not exist: such scores rank nothing."""
+    return statistic_of("kendall_tau", scores, accuracies) or 0.0
 
 
 def spearman(scores: Values, accuracies: Values) -> float:
-    """Spearman's rank correlation; 0 where either has a single value."""
-    if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(accuracies) == 0:
-        return 0.0
-    return float(spearmanr(scores, accuracies).statistic)
+    """Spearman's rank correlation; 0 where it does not exist."""
+    return statistic_of("spearman", scores, accuracies) or 0.0
 
 
 def tau_in_bands(scores: Values, accuracies: Values, macs: Values) -> float:
@@ -68,16 +62,14 @@ def ranking(rows: Sequence[Row], scores: Sequence[float], *, name: str = "") -> 
     accuracies = np.array([row.accuracy for row in rows])
     macs, given = np.array([row.macs for row in rows], np.float64), np.array(scores, np.float64)
     suffix = f"_{name}" if name else ""
-    statistics: dict[str, Callable[[NDArray[np.int64]], float]] = {
+    statistics: dict[str, Callable[[Indices], float]] = {
         f"tau{suffix}": lambda of: tau(given[of], accuracies[of]),
         f"spearman{suffix}": lambda of: spearman(given[of], accuracies[of]),
         f"tau{suffix}_bands": lambda of: tau_in_bands(given[of], accuracies[of], macs[of]),
     }
-    draws = np.random.default_rng(0).integers(0, len(rows), (RESAMPLES, len(rows)))
     found: dict[str, Any] = {}
     for key, statistic in statistics.items():
-        found[key] = statistic(np.arange(len(rows)))
-        found[f"{key}_interval"] = np.percentile([statistic(drawn) for drawn in draws], (2.5, 97.5)).tolist()
+        found |= with_interval(key, statistic, len(rows), resamples=RESAMPLES)
     return found
 
 
