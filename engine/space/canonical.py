@@ -7,6 +7,7 @@ it is the first in text order of the texts that mean the same network.
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 
 from bsnas.engine.space.arch import Arch, BlockOp, Operation
 from bsnas.engine.space.space import Space
@@ -23,16 +24,22 @@ def canonical(space: Space, arch: Arch) -> Arch:
     blocks = []
     for channels, indices, ops in zip(arch.channels, space.cluster_blocks, arch.blocks, strict=True):
         chosen = dict(zip(indices, ops, strict=True))
-        places = [i for i in indices if space.block_stride(i) == 1 and (before == channels or not space.is_first(i))]
-        if any(not chosen[i].kernel for i in places):  # an identity there is nothing
-            chosen |= _settled(space, places, channels, chosen)
+        for keeps, run in groupby(indices, key=lambda i: _keeps_size(space, i, before, channels)):
+            places = list(run)  # nothing moves past a block that changes the size
+            if keeps and any(not chosen[i].kernel for i in places):  # an identity there is nothing
+                chosen |= _settled(space, places, channels, chosen)
         blocks.append(tuple(chosen.values()))
         before = channels
     return Arch(arch.channels, tuple(blocks))
 
 
+def _keeps_size(space: Space, block: int, before: int, channels: int) -> bool:
+    """Whether a block of a cluster of `channels` behind `before` puts out what it reads, so that an identity vanishes."""
+    return space.block_stride(block) == 1 and (before == channels or not space.is_first(block))
+
+
 def _settled(space: Space, places: Sequence[int], channels: int, chosen: Choices) -> Choices:
-    """The canonical choices of the places of a cluster at which an identity is nothing."""
+    """The canonical choices of neighbouring places at which an identity is nothing."""
     wanted = [
         space.released_plan(i, channels, Operation(chosen[i], channels)) for i in places if chosen[i].kernel
     ]  # the blocks that are there, in order

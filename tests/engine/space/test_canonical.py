@@ -58,6 +58,7 @@ def space_of(*rows: Row) -> Space:
 
 A = Row(family="ir", blocks=3, stride=2, kernels=(3, 5), expansions=(3,), identity=True)
 B = Row(family="ir", blocks=1, kernels=(5,), expansions=(3,), identity=True)
+C = Row(family="ir", blocks=2, kernels=(3, 5), expansions=(3,), identity=True)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,8 @@ B = Row(family="ir", blocks=1, kernels=(5,), expansions=(3,), identity=True)
         ((A,), "c8:k3t3,i,i", "c8:k3t3,i,i"),
         ((A, B), "c8:k3t3,i,k3t3,i", "c8:k3t3,k3t3,i,i"),
         ((A, B), "c8:k3t3,i,i,k5t3", "c8:k3t3,k5t3,i,i"),
+        ((C, A), "c8:k3t3,i,k3t3,k5t3,i", "c8:k3t3,i,k3t3,k5t3,i"),  # nothing moves past the halving
+        ((C, A), "c8:k3t3,i,k3t3,i,k5t3", "c8:k3t3,i,k3t3,k5t3,i"),
     ],
 )
 def test_identities_come_last(rows, text, expected):
