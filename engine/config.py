@@ -24,12 +24,42 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class SamplingConfig:
     """Which paths are trained, and when their gradients reach the weights."""
 
-    sampler: Literal["fair", "uniform"] = "fair"
-    """`fair`: strict fairness as FairNAS, with tied channels. `uniform`: as SPOS."""
+    sampler: Literal["fair", "uniform", "sandwich"] = "fair"
+    """`fair`: strict fairness as FairNAS, with tied channels. `uniform`: as SPOS. `sandwich`: as BigNAS, a round is the
+    network with the most MACs, some fair paths and the one with the fewest."""
     update: Literal["round", "path"] = "round"
     """`round`: gradients of a round's paths add up to one optimizer step. `path`: one optimizer step per path."""
     batches: Literal["shared", "fresh"] = "shared"
     """`shared`: one image batch goes through all paths of a round. `fresh`: each path gets its own."""
+    sandwich_paths: int = 2
+    """Fair paths in a round of the sandwich."""
+    distill: Literal["none", "kl", "alpha"] = "none"
+    """What the sandwich's other paths learn: the labels, or the largest one's predictions (in-place distillation) by KL
+    divergence, as BigNAS, or by AlphaNet's clipped alpha-divergence."""
+    complexity_decay: float = 1.0
+    """Complexity-aware learning rate, after DYNAS, with one step per path: the rate's decay is raised to this power for
+    the path with the fewest parameters, to its inverse for the one with most, and between for others. 1 is off."""
+
+    def __post_init__(self) -> None:
+        if self.sampler == "sandwich" and (self.update, self.batches) != ("round", "shared"):
+            raise UserError(
+                f"the sandwich with update {self.update} and {self.batches} batches; it makes one step of all its "
+                "paths on one batch: give --sampling.update round --sampling.batches shared"
+            )
+        if self.sampler != "sandwich" and self.distill != "none":
+            raise UserError(
+                f"distill {self.distill} with the {self.sampler} sampler, whose rounds have no largest network to "
+                "learn from; give --sampling.sampler sandwich, or --sampling.distill none"
+            )
+        if self.sandwich_paths < 1:
+            raise UserError(f"sandwich paths {self.sandwich_paths}; need at least 1, as 2")
+        if not 1 <= self.complexity_decay <= 10:
+            raise UserError(f"complexity decay {self.complexity_decay}: give a number from 1 (off) to 10, as 2")
+        if self.complexity_decay != 1 and self.update != "path":
+            raise UserError(
+                f"complexity decay {self.complexity_decay} with one step per round, whose paths share a rate; give "
+                "--sampling.update path, which the sandwich cannot have, or --sampling.complexity-decay 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ A cost is what the stem, each searched block and the tail contribute, added up o
 come from dynamic programming over the blocks, and random architectures of a wanted cost can be drawn without rejection.
 """
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -166,3 +167,12 @@ class CostModel:
     def macs_and_params(self, arch: Arch) -> tuple[int, int]:
         """(multiply-adds for one image, parameters) of the released network."""
         return int(self.macs(arch)), int(self.params(arch))
+
+
+@cache
+def size_scale(space: Space) -> Callable[[Arch], float]:
+    """Tells where the parameters of an architecture lie between the fewest of the space, 0, and the most, 1, by their
+    logarithm."""
+    params = CostModel(space).params
+    low, high = map(math.log, params.range())
+    return lambda arch: (math.log(params(arch)) - low) / (high - low) if high > low else 0.5

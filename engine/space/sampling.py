@@ -1,4 +1,4 @@
-"""Fair and uniform sampling of single paths.
+"""Fair and uniform sampling of single paths, and the sandwich.
 
 Fair sampling is FairNAS's strict fairness (arXiv 1907.01845) extended to channels that are tied inside a cluster. A
 round has as many paths as the largest block has live operations. While all blocks have equally many, a round uses each
@@ -14,9 +14,12 @@ drawn depends on (space, seed, round) alone: there is no state to save, and ever
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import TypeVar
 
 from bsnas.engine.space.arch import Arch, BlockOp
+from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.space import Space
 
 Choice = TypeVar("Choice")
@@ -73,6 +76,34 @@ def uniform_round(space: Space, seed: int, round_index: int) -> list[Arch]:
     """As many uniform paths as a fair round has, equal for equal arguments."""
     rng = random.Random(f"{seed}/uniform/{round_index}")
     return [uniform_arch(space, rng) for _ in range(space.max_live)]
+
+
+@cache
+def sandwich_ends(space: Space) -> tuple[Arch, Arch]:
+    """The live networks with the most and the fewest multiply-adds (BigNAS, arXiv 2003.11142).
+
+    Of equally large ones the one with the larger kernels, then the first in the order of the space's operations.
+    """
+    macs = CostModel(space).macs
+    unit = 1 << 16  # above any sum of kernels
+    size = replace(
+        macs,
+        stem=unit * macs.stem,
+        block=lambda index, before, channels, op: unit * macs.block(index, before, channels, op) + op.kernel,
+        tail=lambda channels: unit * macs.tail(channels),
+    )
+    return size.best(max)[1], macs.best(min)[1]
+
+
+def sandwich_round(space: Space, seed: int, round_index: int, count: int) -> list[Arch]:
+    """The largest network, the next `count` fair paths, and the smallest; equal for equal arguments."""
+    largest, smallest = sandwich_ends(space)
+    number, skipped = divmod(round_index * count, space.max_live)
+    fair: list[Arch] = []
+    while len(fair) < skipped + count:
+        fair += fair_round(space, seed, number)
+        number += 1
+    return [largest, *fair[skipped : skipped + count], smallest]
 
 
 def _shuffled(options: Sequence[Choice], rng: random.Random) -> list[Choice]:

@@ -27,6 +27,9 @@ from bsnas.engine.training.optimization import Optimization, learning_rate
 from bsnas.engine.training.resume import device_name, find_checkpoint, load_of_rank, of_ranks
 from bsnas.engine.training.watch import Watch
 
+LossOf = Callable[[Tensor], Tensor]
+"""A mean loss [] of logits [N, classes], float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -35,6 +38,8 @@ class Step:
     parameters: Iterable[nn.Parameter]
     position: float
     """Epochs before it, a fraction included: what the learning rate follows."""
+    decay_power: float = 1.0
+    """What the decay of the learning rate is raised to."""
     describe: Callable[[list[int]], str]
     """Its epoch, path and images, given the ranks whose loss was not finite."""
 
@@ -214,13 +219,18 @@ class Training(ABC):
                 self.reporter.show(self.position, self.meter.peek(self.loader.wait_seconds), done=False)
             self._stop_or_save()
 
-    def add_pass(self, images: Tensor, labels: Tensor, *path: Any) -> None:
-        """Add the gradients of a batch: images [N, C, H, W], labels [N] or probabilities [N, classes]."""
-        logits = self.optimization.forward(images, *path)
-        loss = self.criterion(logits.float(), labels)
+    def add_pass(self, images: Tensor, labels: Tensor, *path: Any, loss_of: LossOf | None = None) -> Tensor:
+        """Add the gradients of a batch: images [N, C, H, W], labels [N] or probabilities [N, classes].
+
+        `loss_of` takes the place of the cross-entropy with the labels. Returns the logits [N, classes], float32,
+        without a graph.
+        """
+        logits = self.optimization.forward(images, *path).float()
+        loss = loss_of(logits) if loss_of is not None else self.criterion(logits, labels)
         self.optimization.backward(loss)
         self.meter.add(loss, logits, labels)
         self.progress.passes += 1
+        return logits.detach()
 
     @property
     def position(self) -> float:
@@ -228,14 +238,14 @@ class Training(ABC):
         done = self.progress.epoch
         return min(max(self.progress.passes / self.loader.steps_per_epoch, done), done + 1)
 
-    def rate(self, position: float) -> float:
+    def rate(self, position: float, decay_power: float = 1.0) -> float:
         """The learning rate there."""
         config = self.optimizer_config
-        return learning_rate(config, config.learning_rate, position, self.epochs)
+        return learning_rate(config, config.learning_rate, position, self.epochs, decay_power)
 
     def _step(self, step: Step) -> None:
         notes = self.watch.notes(self.optimization.finiteness.loss_is_bad())
-        bad = self.optimization.step(step.parameters, self.rate(step.position), notes)
+        bad = self.optimization.step(step.parameters, self.rate(step.position, step.decay_power), notes)
         self.watch.observe(bad, notes, step.describe)
 
     def _stop_or_save(self) -> None:

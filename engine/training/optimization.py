@@ -17,14 +17,15 @@ from bsnas.engine.training.finite import Finiteness, RunningStatistics
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def learning_rate(config: OptimizerConfig, peak: float, epoch: float, total_epochs: int) -> float:
-    """Linear warmup to `peak`, then one cosine cycle to zero over all epochs (paper, section 4.1).
+def learning_rate(config: OptimizerConfig, peak: float, epoch: float, total_epochs: int, power: float = 1.0) -> float:
+    """Linear warmup to `peak`, then one cosine cycle to zero over all epochs (paper, section 4.1), raised to `power`.
 
     `epoch` may be fractional: the position in training before the step that is made.
     """
     warmup = config.warmup_epochs
     factor = 1.0 if epoch >= warmup else epoch / warmup
-    return peak * factor * 0.5 * (1 + math.cos(math.pi * min(epoch / total_epochs, 1.0)))
+    decay = 0.5 * (1 + math.cos(math.pi * min(epoch / total_epochs, 1.0)))
+    return peak * factor * (decay if power == 1 else decay**power)
 
 
 def deepspeed_config(

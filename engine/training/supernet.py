@@ -1,7 +1,9 @@
 """Supernet training with step-shrinking (paper, Algorithm 1)."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bsnas.engine.checkpoints.checkpoint import space_of
-from bsnas.engine.config import RunConfig, SafetyConfig
+from bsnas.engine.config import RunConfig, SafetyConfig, SamplingConfig
 from bsnas.engine.data.dataset import Dataset
 from bsnas.engine.data.loading.evaluation_set import evaluation_set
 from bsnas.engine.evaluation.evaluator import Evaluator
@@ -21,18 +23,26 @@ from bsnas.engine.host.precision import default_precision
 from bsnas.engine.networks.supernet import Supernet, crop_to
 from bsnas.engine.runs.rundir import RunDir, write_json
 from bsnas.engine.space.arch import Arch
-from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.cost import CostModel, size_scale
 from bsnas.engine.space.limited_sampling import archs_inside
 from bsnas.engine.space.limits import format_count
-from bsnas.engine.space.sampling import fair_archs, fair_round, uniform_arch, uniform_round
+from bsnas.engine.space.sampling import fair_archs, fair_round, sandwich_round, uniform_arch, uniform_round
 from bsnas.engine.space.shrink import importance, importance_to_json, shrink, shrink_inside
 from bsnas.engine.space.space import Space
-from bsnas.engine.training.loop import Numbers, Part, Step, Training, Weights
+from bsnas.engine.training.distillation import distillation
+from bsnas.engine.training.loop import LossOf, Numbers, Part, Step, Training, Weights
 from bsnas.engine.training.step_scores import score_thirds
 from bsnas.kernels import graphs
 
 PROBE_SUBNETS = 20
 """Random subnets that are scored before and after each shrink step (paper, Figure 5)."""
+
+
+def round_of(sampling: SamplingConfig) -> Callable[[Space, int, int], list[Arch]]:
+    """Draws the paths of a round from a space, a seed and the number of the round."""
+    if sampling.sampler == "sandwich":
+        return partial(sandwich_round, count=sampling.sandwich_paths)
+    return fair_round if sampling.sampler == "fair" else uniform_round
 
 
 class SupernetTraining(Training):
@@ -53,7 +63,7 @@ class SupernetTraining(Training):
         self.config = config
         self.run = run
         self.data = data
-        self.draw_round = fair_round if config.sampling.sampler == "fair" else uniform_round
+        self.draw_round = round_of(config.sampling)
         self.last_values = Numbers()
         """The meter's values of the last epoch."""
         self.probes = Numbers()
@@ -138,11 +148,14 @@ class SupernetTraining(Training):
         progress, sampling = self.progress, self.config.sampling
         paths = self.draw_round(self.space, self.config.seed, progress.rounds)
         first = progress.paths
+        loss_of: LossOf | None = None
         for number, arch in enumerate(paths[first:], first):
             if number == first or sampling.batches == "fresh":
                 batch, (images, labels) = progress.batches, next(batches)
             position = self.position
-            self.add_pass(images, labels, arch)
+            logits = self.add_pass(images, labels, arch, loss_of=loss_of)
+            if number == 0 and sampling.distill != "none":  # the sandwich's largest, whose round is never half done
+                loss_of = distillation(sampling.distill, logits)
             ends = number + 1 == len(paths)
             if ends or sampling.batches == "fresh":
                 progress.batches += 1
@@ -150,7 +163,7 @@ class SupernetTraining(Training):
                 progress.rounds += 1
             progress.paths = 0 if ends or sampling.update == "round" else number + 1
             if sampling.update == "path":
-                yield self._step_of([arch], position, batch)
+                yield replace(self._step_of([arch], position, batch), decay_power=self.decay_power(arch))
         if sampling.update == "round":
             yield self._step_of(paths, self.position, batch)
 
@@ -165,6 +178,17 @@ class SupernetTraining(Training):
         # Each once, found by its id: a tensor's own hash is Python code.
         parameters = {id(p): p for arch in paths for p in self.network.active_parameters(arch)}
         return Step(parameters=parameters.values(), position=position, describe=describe)
+
+    def decay_power(self, arch: Arch) -> float:
+        """What the decay of a path's learning rate is raised to, by the size of its network.
+
+        DYNAS (arXiv 2503.10740) lets the rate of small networks decay faster, which are trained more than enough by
+        the larger ones that share their weights. Here the power falls with the logarithm of the parameters.
+        """
+        most = self.config.sampling.complexity_decay
+        if most == 1:
+            return 1.0
+        return most ** (1 - 2 * size_scale(self.space)(arch))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from the next one that no finished pass has seen, without end."""

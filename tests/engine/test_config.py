@@ -1,6 +1,7 @@
 """Configurations: the paper's numbers, JSON, command lines, and every error."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,6 +116,35 @@ def test_optimizers_that_cannot_be(changes, message):
 def test_shrinking_that_cannot_be(changes, message):
     with pytest.raises(UserError, match=message):
         replace(ShrinkConfig(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sampler": "sandwich", "update": "path"},
+            "the sandwich with update path and shared batches; it makes one step of all its paths on one batch: "
+            "give --sampling.update round --sampling.batches shared",
+        ),
+        ({"sampler": "sandwich", "batches": "fresh"}, "the sandwich with update round and fresh batches"),
+        (
+            {"distill": "kl"},
+            "distill kl with the fair sampler, whose rounds have no largest network to learn from; "
+            "give --sampling.sampler sandwich, or --sampling.distill none",
+        ),
+        ({"sandwich_paths": 0}, "sandwich paths 0; need at least 1"),
+        ({"complexity_decay": 0.5}, r"complexity decay 0.5: give a number from 1 \(off\) to 10, as 2"),
+        ({"complexity_decay": math.nan}, "complexity decay nan: give a number"),
+        (
+            {"complexity_decay": 2},
+            "complexity decay 2 with one step per round, whose paths share a rate; give --sampling.update path, "
+            "which the sandwich cannot have, or --sampling.complexity-decay 1",
+        ),
+    ],
+)
+def test_sampling_that_cannot_be(changes, message):
+    with pytest.raises(UserError, match=message):
+        replace(SamplingConfig(), **changes)
 
 
 def test_a_run_must_fit_together():

@@ -1,15 +1,26 @@
-"""Fair and uniform sampling, over random spaces, full and shrunk."""
+"""Fair and uniform sampling and the sandwich, over random spaces, full and shrunk."""
 
 import random
 from collections import Counter
 from itertools import combinations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bsnas.engine.space.sampling import fair_archs, fair_round, uniform_arch, uniform_round
+from bsnas.engine.space.arch import Operation
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.sampling import (
+    fair_archs,
+    fair_round,
+    sandwich_ends,
+    sandwich_round,
+    uniform_arch,
+    uniform_round,
+)
 from bsnas.engine.space.space import Space
 from bsnas.engine.space.spaces import space_named
+from bsnas.engine.space.table import Cluster, Row
 from tests.engine.space.strategies import any_spaces, full_spaces, shrunk_at_random, shrunk_spaces
 
 SEEDS = st.integers(0, 10**6)
@@ -129,3 +140,38 @@ def test_uniform_sampling_is_uniform():
     assert set(counts) == set(space.live[4])
     chi_squared = sum((count - 300) ** 2 / 300 for count in counts.values())
     assert chi_squared < 40.8  # 99.9 % quantile of 17 degrees of freedom
+
+
+@settings(max_examples=25, deadline=None)
+@given(space=shrunk_spaces(), seed=SEEDS, count=st.integers(1, 7), start=st.integers(0, 1000))
+def test_between_largest_and_smallest_a_sandwich_has_the_next_fair_paths(space, seed, count, start):
+    rounds = [sandwich_round(space, seed, start + r, count) for r in range(3)]
+    fair = [path for paths in rounds for path in paths[1:-1]]
+    first, skipped = divmod(start * count, space.max_live)
+    whole = [path for r in range(3 * count + 2) for path in fair_round(space, seed, first + r)]
+    assert fair == whole[skipped : skipped + 3 * count]
+    assert {(paths[0], paths[-1]) for paths in rounds} == {sandwich_ends(space)}
+    assert sandwich_round(space, seed, start, count) == rounds[0]
+
+
+@settings(max_examples=10, deadline=None)
+@given(space=shrunk_spaces(), seed=SEEDS)
+def test_no_network_is_larger_or_smaller_than_the_ends(space, seed):
+    macs = CostModel(space).macs
+    largest, smallest = sandwich_ends(space)
+    space.check(largest)
+    space.check(smallest)
+    costs = [macs(arch) for arch in fair_archs(space, seed, 100)]
+    assert macs(smallest) <= min(costs)
+    assert max(costs) <= macs(largest)
+    assert (macs(smallest), macs(largest)) == macs.range()
+
+
+@pytest.mark.parametrize("live", [("k3w8c4", "k5w4c4"), ("k5w4c4", "k3w8c4")])
+def test_of_equally_large_networks_the_one_with_the_larger_kernels_is_the_largest(live):
+    row = Row(family="ir", kernels=(3, 5), widths=(4, 8))
+    space = Space(table=(Cluster(channels=(4,), rows=(row,)),), resolution=8, input_channels=3, classes=2)
+    space = space.with_live([list(map(Operation.parse, live))])
+    macs = CostModel(space).macs
+    assert len({macs(arch) for arch in fair_round(space, 0, 0)}) == 1  # 8 x (3 + 9 + 4) = 4 x (3 + 25 + 4)
+    assert str(sandwich_ends(space)[0]) == "c4:k5w4"

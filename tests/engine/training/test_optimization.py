@@ -151,6 +151,13 @@ def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
     assert learning_rate(OptimizerConfig(warmup_epochs=0), 0.1, 0, 10) == 0.1
 
 
+def test_a_power_changes_the_decay_and_neither_peak_nor_warmup():
+    config = OptimizerConfig(warmup_epochs=5)
+    for epoch in (0, 2.5, 5, 120, 239):
+        decay = learning_rate(config, 1, epoch, 240) / (min(epoch, 5) / 5 or 1)
+        assert learning_rate(config, 0.1, epoch, 240, 2) == pytest.approx(0.1 * min(epoch, 5) / 5 * decay**2)
+
+
 # ---- the DeepSpeed configuration
 
 

@@ -4,9 +4,11 @@ import gc
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from bsnas.engine.checkpoints.keep import newest_checkpoint
 from bsnas.engine.checkpoints.manifest import write_manifest
@@ -16,7 +18,10 @@ from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.preemption import Preempted
 from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.sampling import sandwich_ends
 from bsnas.engine.space.space import Space
+from bsnas.engine.training.distillation import distillation
 from bsnas.engine.training.loop import Step
 from bsnas.engine.training.supernet import SupernetTraining
 from bsnas.kernels import graphs
@@ -112,6 +117,72 @@ def test_a_run_that_0_1_stopped_inside_a_round_of_one_batch_ends_like_an_uninter
     assert metrics(again.run) == metrics(whole.run)
     for name, tensor in again.network.state_dict().items():
         assert torch.equal(tensor, whole.network.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("distill", ["none", "kl", "alpha"])
+def test_a_sandwich_makes_one_step_of_largest_fair_and_smallest(
+    alone: Process, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, distill: str
+) -> None:
+    config = tiny_config(cache, sampling=SamplingConfig(sampler="sandwich", distill=distill))  # type: ignore[arg-type]
+    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
+    seen: list[tuple[Any, ...]] = []
+    forward = trainer.optimization.forward
+    monkeypatch.setattr(trainer.optimization, "forward", lambda *inputs: seen.append(inputs) or forward(*inputs))  # type: ignore[func-returns-value]
+    trainer.network.train()
+    images, labels = next(trainer.batches())
+    steps = list(trainer.round(iter([(images, labels)])))
+    assert len(steps) == 1
+    assert (trainer.progress.passes, trainer.progress.batches, trainer.progress.rounds) == (4, 1, 1)
+    assert all(given is images for given, _ in seen)
+    (_, largest), _, _, (_, smallest) = seen
+    assert (largest, smallest) == sandwich_ends(trainer.space)
+    gradients = {name: p.grad.clone() for name, p in trainer.network.named_parameters() if p.grad is not None}
+    trainer.network.zero_grad()
+    teacher = None
+    for _, arch in seen:
+        logits = trainer.network(images, arch)
+        if teacher is None or distill == "none":
+            functional.cross_entropy(logits, labels).backward()
+            teacher = logits.detach()
+        else:
+            distillation(distill, teacher)(logits).backward()
+    for name, parameter in trainer.network.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5), name
+
+
+def test_a_sandwich_learns_shrinks_and_continues(alone: Process, cache: Path, tmp_path: Path) -> None:
+    config = tiny_config(cache, sampling=SamplingConfig(sampler="sandwich", distill="kl"))
+    whole = make_trainer(RunDir.create(tmp_path / "whole", config), config, alone)
+    whole.train()
+    assert whole.space.max_live == 2
+    stopped = make_trainer(RunDir.create(tmp_path / "stopped", config), config, alone)
+    steps = iter(stopped.steps())
+    stopped.network.train()
+    stopped.make_steps([next(steps) for _ in range(1)])
+    stopped.save(whole_epoch=False)
+    again = make_trainer(stopped.run, config, alone)
+    again.train()
+    assert metrics(again.run) == metrics(whole.run)
+
+
+def test_small_networks_get_a_rate_that_decays_faster(alone: Process, cache: Path, tmp_path: Path) -> None:
+    sampling = SamplingConfig(update="path", batches="fresh", complexity_decay=2)
+    config = tiny_config(cache, sampling=sampling)
+    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone)
+    params = CostModel(trainer.space).params
+    assert trainer.decay_power(params.best(min)[1]) == 2
+    assert trainer.decay_power(params.best(max)[1]) == 0.5
+    rates: list[float] = []
+    step = trainer.optimization.step
+    trainer.optimization.step = lambda p, rate, notes: rates.append(rate) or step(p, rate, notes)  # type: ignore
+    trainer.progress.epoch, trainer.progress.passes = 2, 2 * trainer.loader.steps_per_epoch
+    trainer.network.train()
+    trainer.make_steps(trainer.round(trainer.batches()))
+    drawn = trainer.draw_round(trainer.space, config.seed, 0)
+    by_size = [rate for _, rate in sorted(zip(map(params, drawn), rates, strict=True))]
+    assert len(set(by_size)) > 1
+    assert by_size[0] < by_size[-1]
 
 
 @pytest.mark.parametrize("batches", ["shared", "fresh"])
