@@ -31,6 +31,7 @@ from bsnas.benchmarks.parts.tabular.ranking import BUDGETS, Half, against_the_be
 from bsnas.benchmarks.parts.tabular.scored_run import check_run, search_budgets
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.benchmarks.parts.timing.turns import append_rows, write_csv
+from bsnas.engine.config import ScoreName
 from bsnas.engine.evaluation.evaluator import BatchNormMode
 from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import Process, entered_by_main, start_process
@@ -38,7 +39,7 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.facts import RunFacts
-from bsnas.search.algorithms.evolution import EvolutionConfig
+from bsnas.search.algorithms.evolution import EvolutionConfig, by_loss, by_top1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,8 @@ class TabularArguments:
     """Rank the networks whose codes have an even CRC-32 (choose) or an odd one (report); by default all."""
     bn: BatchNormMode | None = None
     """Statistics of scored subnets; by default as in the run's shrink steps."""
+    score: ScoreName | None = None
+    """What ranks subnets in the search and in --rows, top-1 or mean loss; by default as in the run's shrink steps."""
     population: int = 75
     """Architectures in a generation of the search; the defaults are search/evolve.py's."""
     iterations: int = 20
@@ -69,9 +72,11 @@ class TabularArguments:
     def __post_init__(self) -> None:
         if not self.check_costs and self.run is None:
             raise UserError("nothing was asked for; give --check-costs, or --run with a trained supernet")
-        if self.run is None and (self.half or self.bn or self.scores or self.rows):
+        sizes_given = (self.population, self.iterations) != (TabularArguments.population, TabularArguments.iterations)
+        if self.run is None and (self.half or self.bn or self.score or self.scores or self.rows or sizes_given):
             raise UserError(
-                "--half, --bn, --scores and --rows are about the scores of a run; give --run, or leave them out"
+                "--half, --bn, --score, --population, --iterations, --scores and --rows are about the scores of a run; "
+                "give --run, or leave them out"
             )
         if bool(self.rows) != bool(self.method):
             raise UserError("--rows and --method belong together; give both or neither")
@@ -121,13 +126,15 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
         networks = {arch: row for arch, row in table.distinct.items() if in_half(row, arguments.half)}
         evaluator = trained.evaluator(arguments.bn)
         rows, scores = list(networks.values()), evaluator.evaluate(list(networks))
-        found = search_budgets(evaluator, networks, config)
+        score = arguments.score or trained.config.shrink.score
+        found = search_budgets(evaluator, networks, config, by_loss if score == "loss" else by_top1)
     if not process.is_main:
         return {}
     found_rows = {budget: against_the_best(rows, row, budget) for budget, row in found.items()}
     figures = {
         "half": arguments.half,
         "bn": evaluator.bn,
+        "score": score,
         "seed": trained.config.seed,
         "networks": len(rows),
         **ranking(rows, [score.top1 for score in scores]),
@@ -175,14 +182,15 @@ def print_ranking(figures: Mapping[str, Any]) -> None:
 
 def line_of(table: PublicTable, figures: Mapping[str, Any], trained: TrainedRun, method: str | None) -> dict[str, Any]:
     """The main figures, with how long the supernet trained and by which command."""
+    suffix = "_loss" if figures["score"] == "loss" else ""
     trainings = [command for command in RunFacts(trained.run.path).commands if command["script"] == "train"]
     return {
         "table": table.name,
         "half": figures["half"] or "all",
         "method": method,
         "seed": figures["seed"],
-        "tau": round(figures["tau"], 4),
-        "tau_bands": round(figures["tau_bands"], 4),
+        "tau": round(figures[f"tau{suffix}"], 4),
+        "tau_bands": round(figures[f"tau{suffix}_bands"], 4),
         **{
             f"regret_{budget}": round(figures["regret"][budget], 3) if budget in figures["regret"] else ""
             for budget in BUDGETS

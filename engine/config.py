@@ -18,6 +18,7 @@ from bsnas.engine.space.space import Sharing, Space
 
 Config = TypeVar("Config")
 Precision = Literal["fp32", "bf16", "fp16"]
+ScoreName = Literal["top1", "loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +110,18 @@ class ShrinkConfig:
     """Multiply-adds, as 10M 40M, inside which a step draws its subnets and keeps networks reachable."""
     bn: Literal["running", "recalibrate"] = "running"
     """Batch normalisation of scored subnets: statistics kept in training, or recomputed for each subnet."""
+    score: ScoreName = "top1"
+    """What ranks scored subnets: top-1, or the mean loss, which tells more apart with few images."""
     confidence: float | None = None
     """Stop scoring a subnet once its third is certain at this confidence, as 0.999; by default all images are seen."""
 
     def __post_init__(self) -> None:
-        if self.confidence is not None and not (0.5 < self.confidence < 1 and self.bn == "running"):
+        possible = self.bn == "running" and self.score == "top1"
+        if self.confidence is not None and not (0.5 < self.confidence < 1 and possible):
             raise UserError(
-                f"shrink confidence {self.confidence} with bn {self.bn}: give a number between 0.5 and 1, as 0.999, "
-                "with --shrink.bn running; or none to score every subnet on all images"
+                f"shrink confidence {self.confidence} with bn {self.bn} and score {self.score}: give a number between "
+                "0.5 and 1, as 0.999, with --shrink.bn running and --shrink.score top1; or none to score every subnet "
+                "on all images"
             )
         if self.first_epochs < 1 or self.interval_epochs < 1 or self.models_per_operation < 1:
             raise UserError(

@@ -27,6 +27,7 @@ from bsnas.engine.host.preemption import handle_signals
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
+from bsnas.engine.config import ScoreName
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.facts import RunFacts
@@ -80,6 +81,8 @@ class EvolveArguments:
     """Seed of everything random in the search."""
     bn: Literal["running", "recalibrate"] | None = None
     """Statistics of scored subnets; by default as in the run's shrink steps."""
+    score: ScoreName | None = None
+    """What ranks subnets, top-1 or the mean loss; by default as in the run's shrink steps."""
     confidence: float | None = None
     """Stop scoring a subnet that is no parent at this confidence, as 0.999; by default all images are seen."""
     kernels: str | None = None
@@ -180,6 +183,7 @@ def main() -> None:
                 table=table,
                 finalists=arguments.finalists,
                 confidence=arguments.confidence,
+                score=arguments.score,
             )
             for limits in requested
         ]

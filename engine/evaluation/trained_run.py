@@ -91,9 +91,9 @@ def evaluator_of(
 
 
 def recalibration_set(config: RunConfig, data: Dataset) -> EvaluationSet:
-    """Training images, seeded, seen through the evaluation transform."""
+    """Training images, seeded, seen through the evaluation transform; each batch of them has images of all classes."""
     count = min(config.evaluation.recalibration_images, len(data.train))
-    indices = sorted(random.Random(config.seed).sample(range(len(data.train)), count))
+    indices = random.Random(config.seed).sample(range(len(data.train)), count)
     return evaluation_set(data.train.subset(indices), config.data)
 
 

@@ -34,7 +34,7 @@ def canonical(space: Space, arch: Arch) -> Arch:
 
 
 def _keeps_size(space: Space, block: int, before: int, channels: int) -> bool:
-    """Whether a block of a cluster of `channels` behind `before` puts out what it reads, so that an identity vanishes."""
+    """Whether a block behind `before` channels puts out what it reads, so that an identity vanishes."""
     return space.block_stride(block) == 1 and (before == channels or not space.is_first(block))
 
 

@@ -213,7 +213,7 @@ class SupernetTraining(Training):
         self.probe(f"before step {step + 1}")
         archs, limit = self._models_of_step(step), self.config.shrink.macs_limit
         self.reporter.say(f"shrink step {step + 1}: scoring {len(archs)} subnets to keep {keep} operations per block")
-        scores = score_thirds(self.evaluator(), archs, self.config.shrink.confidence)
+        scores = score_thirds(self.evaluator(), archs, self.config.shrink.confidence, self.config.shrink.score)
         ratios = importance(before, archs, scores.ranks)
         if limit is None:
             after = shrink(before, ratios, keep)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.arch import Arch
@@ -68,13 +68,29 @@ class Candidate:
     loss: float
     complete: bool = True
     """Whether the accuracy is of all images; if not, others are certainly better (search/runs/search_run.py)."""
+    value: float | None = None
+    """What it is ranked by in place of top-1, the larger the better."""
+
+    @property
+    def quality(self) -> float:
+        return self.top1 if self.value is None else self.value
 
     def rank_key(self) -> tuple[bool, float, float, float]:
-        """Sorts the best first: complete scores, then accuracy, then loss, then MACs."""
-        return (not self.complete, -self.top1, self.loss, self.costs.get("macs", 0))
+        """Sorts the best first: complete scores, then what ranks them, then loss, then MACs."""
+        return (not self.complete, -self.quality, self.loss, self.costs.get("macs", 0))
 
 
 Generation = list[Candidate]
+Valued = Callable[[Candidate], Candidate]
+"""Gives a candidate the value that it is ranked by."""
+
+
+def by_top1(candidate: Candidate) -> Candidate:
+    return candidate
+
+
+def by_loss(candidate: Candidate) -> Candidate:
+    return replace(candidate, value=-candidate.loss)
 
 
 def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -83,13 +99,13 @@ def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def accuracy_front(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """The candidates with complete scores that no other beats in both top-1 and MACs, by ascending MACs.
+    """The candidates with complete scores that no other beats in both quality and MACs, by ascending MACs.
 
     Of equals in both the first is kept, so both rise strictly along the front.
     """
     front: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.costs["macs"], -c.top1)):
-        if candidate.complete and (not front or candidate.top1 > front[-1].top1):
+    for candidate in sorted(candidates, key=lambda c: (c.costs["macs"], -c.quality)):
+        if candidate.complete and (not front or candidate.quality > front[-1].quality):
             front.append(candidate)
     return front
 

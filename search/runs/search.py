@@ -20,8 +20,10 @@ from bsnas.search.algorithms.evolution import (
     Candidate,
     EvolutionConfig,
     Generation,
+    Valued,
     accuracy_front,
     breed,
+    by_top1,
     ranked,
 )
 from bsnas.search.algorithms.nsga2 import breed_front, pareto_front
@@ -46,14 +48,16 @@ class Result:
     """Those that no other beats in accuracy and MACs, or in the objectives where several were asked for."""
 
 
-def search(problem: Problem, config: EvolutionConfig, evaluate: Evaluate, history: History) -> Result:
+def search(
+    problem: Problem, config: EvolutionConfig, evaluate: Evaluate, history: History, valued: Valued = by_top1
+) -> Result:
     """Run or continue one search. Every generation is stored before the next one begins."""
-    done = history.load()
-    others = [replace(other, costs=problem.costs_of(other.arch)) for other in history.comparable()]
+    done = [[valued(candidate) for candidate in generation] for generation in history.load()]
+    others = [valued(replace(other, costs=problem.costs_of(other.arch))) for other in history.comparable()]
     known = {candidate.arch for rows in (*done, others) for candidate in rows}
     front_of = partial(pareto_front, costs=problem.minimised) if problem.minimised else accuracy_front
     loaded, started = len(done), time.perf_counter()
-    for generation in generations(problem, config, evaluate, done):
+    for generation in generations(problem, config, evaluate, done, valued):
         done.append(generation)
         history.save(done)
         if history.process.is_main:
@@ -67,7 +71,11 @@ def search(problem: Problem, config: EvolutionConfig, evaluate: Evaluate, histor
 
 
 def generations(
-    problem: Problem, config: EvolutionConfig, evaluate: Evaluate, done: Sequence[Generation] = ()
+    problem: Problem,
+    config: EvolutionConfig,
+    evaluate: Evaluate,
+    done: Sequence[Generation] = (),
+    valued: Valued = by_top1,
 ) -> Iterator[Generation]:
     """Yield every generation after its evaluation, from the first that `done` does not hold.
 
@@ -76,6 +84,7 @@ def generations(
         config: sizes, probabilities and seed.
         evaluate: called once per generation with architectures never evaluated before.
         done: generations of an interrupted search with the same arguments.
+        valued: what candidates are ranked by.
 
     Ends early when the limits leave nothing new to evaluate. Raises `UserError` when no architecture keeps the limits.
     """
@@ -90,7 +99,7 @@ def generations(
                 raise sampler.nothing_found()
             return
         scores = zip(archs, evaluate(archs), strict=True)
-        found.append([Candidate(a, problem.costs_of(a), s.top1, s.top5, s.loss, s.complete) for a, s in scores])
+        found.append([valued(Candidate(a, problem.costs_of(a), s.top1, s.top5, s.loss, s.complete)) for a, s in scores])
         yield found[-1]
 
 

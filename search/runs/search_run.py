@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from bsnas.engine.config import ScoreName
 from bsnas.engine.evaluation.early_decisions import Place, Quotas
 from bsnas.engine.evaluation.evaluator import BatchNormMode, Evaluator, Score, weights_fingerprint
 from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import on_main
+from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.limits import Limit
 from bsnas.engine.space.problem import Problem
-from bsnas.search.algorithms.evolution import EvolutionConfig
+from bsnas.search.algorithms.evolution import EvolutionConfig, by_loss, by_top1
 from bsnas.search.algorithms.nsga2 import hypervolume
 from bsnas.search.runs.finalists import LatencyTable, evenly_spaced, time_finalists
 from bsnas.search.runs.history import History
@@ -31,8 +33,18 @@ def search_run(
     table: LatencyTable | None = None,
     finalists: int = 5,
     confidence: float | None = None,
+    score: ScoreName | None = None,
 ) -> dict[str, Any]:
-    """Run or continue one search; the main process stores and shows it. Returns the figures of --json."""
+    """Run or continue one search; the main process stores and shows it. Returns the figures of --json.
+
+    `bn` and `score` are as in the run's shrink steps unless given.
+    """
+    score = score or trained.config.shrink.score
+    if score == "loss" and (confidence is not None or len(objectives) > 1):
+        raise UserError(
+            "a search by loss with --confidence or several --objectives, which compare accuracies; leave these out, or "
+            "give --score top1"
+        )
     process, space = trained.process, trained.supernet.space
     problem = Problem.of(space, limits, objectives=objectives, latency=table.cost if table else None)
     evaluator = trained.evaluator(bn)
@@ -42,12 +54,13 @@ def search_run(
         "bn": evaluator.bn,
         **({} if confidence is None else {"confidence": str(confidence)}),
     }
-    history = History.of(process, trained.run, problem, config, scored_by, _more(objectives, table))
+    more = _more(objectives, table) | ({} if score == "top1" else {"score": score})
+    history = History.of(process, trained.run, problem, config, scored_by, more)
     evaluate: Evaluate = evaluator.evaluate
     if confidence is not None:
         complete = [c.arch for generation in history.load() for c in generation if c.complete]
         evaluate = Race(evaluator, config.parents, confidence, complete)
-    result = search(problem, config, evaluate, history)
+    result = search(problem, config, evaluate, history, by_loss if score == "loss" else by_top1)
     figures: dict[str, Any] = {
         "evaluations": len(result.found),
         "reused": result.reused,

@@ -109,8 +109,15 @@ def test_optimizers_that_cannot_be(changes, message):
         ({"keep": (9, 9)}, r"keep \(9, 9\): give falling numbers of at least 1, as 9 5 3"),
         ({"keep": (3, 0)}, r"keep \(3, 0\): give falling numbers"),
         ({"keep": (3, 5)}, r"keep \(3, 5\): give falling numbers"),
-        ({"confidence": 1.5}, "shrink confidence 1.5 with bn running: give a number between 0.5 and 1"),
-        ({"confidence": 0.999, "bn": "recalibrate"}, "shrink confidence 0.999 with bn recalibrate: .* --shrink.bn"),
+        ({"confidence": 1.5}, "shrink confidence 1.5 with bn running and score top1: give a number between 0.5 and 1"),
+        (
+            {"confidence": 0.999, "bn": "recalibrate"},
+            "with bn recalibrate and score top1: .* --shrink.bn",
+        ),
+        (
+            {"confidence": 0.999, "score": "loss"},
+            "bn running and score loss: .* and --shrink.score top1",
+        ),
     ],
 )
 def test_shrinking_that_cannot_be(changes, message):

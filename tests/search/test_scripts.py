@@ -73,6 +73,23 @@ def test_evolve_writes_figures_best_front_and_all_evaluations(tmp_path):
     assert max(row["top1"] for row in rows) == best["top1"]
 
 
+def test_a_search_by_loss_finds_the_network_with_the_least_and_is_kept_apart(trained):
+    by_top1 = search_run(trained, LIMITS, SMALL, None)
+    by_loss = search_run(trained, LIMITS, SMALL, None, score="loss")
+    assert by_loss["file"] != by_top1["file"]
+    rows = [row for file in (by_loss, by_top1) for rows in read(Path(file["file"]))["generations"] for row in rows]
+    assert by_loss["best"]["arch"] == min(rows, key=lambda row: row["loss"])["arch"]
+    front = read(trained.run.front_file)
+    assert [row["loss"] for row in front] == sorted((row["loss"] for row in front), reverse=True)
+    assert search_run(trained, LIMITS, SMALL, None, score="loss") == {**by_loss, "reused": by_loss["evaluations"]}
+
+
+@pytest.mark.parametrize("options", [{"confidence": 0.99}, {"objectives": ("top1", "macs")}])
+def test_a_search_by_loss_compares_no_accuracies(trained, options):
+    with pytest.raises(UserError, match="a search by loss with --confidence or several --objectives"):
+        search_run(trained, LIMITS, SMALL, None, score="loss", **options)
+
+
 def test_a_killed_search_goes_on_and_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch):
     whole_run = untrained_run(tmp_path / "whole")
     whole = search_run(TrainedRun.open(whole_run.path, ALONE), LIMITS, SMALL, None)

@@ -11,7 +11,7 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.limits import Limit
 from bsnas.engine.space.problem import Problem
-from bsnas.search.algorithms.evolution import EvolutionConfig, ranked
+from bsnas.search.algorithms.evolution import EvolutionConfig, Valued, by_top1, ranked
 from bsnas.search.runs.search import generations
 
 
@@ -31,7 +31,9 @@ def check_run(trained: TrainedRun, table: PublicTable) -> None:
         )
 
 
-def search_budgets(evaluator: Evaluator, rows: Mapping[Arch, Row], config: EvolutionConfig) -> dict[int, Row]:
+def search_budgets(
+    evaluator: Evaluator, rows: Mapping[Arch, Row], config: EvolutionConfig, valued: Valued = by_top1
+) -> dict[int, Row]:
     """By budget, the first of `rows` in the paper's search, which looks at the whole space.
 
     A budget is left out where the search met none of them, or the space has nothing inside.
@@ -41,7 +43,7 @@ def search_budgets(evaluator: Evaluator, rows: Mapping[Arch, Row], config: Evolu
         problem = Problem.of(evaluator.supernet.space, (Limit("macs", high=budget * 1e6),))
         if problem.costs["macs"].range()[0] > budget * 1e6:
             continue
-        seen = [c for generation in generations(problem, config, evaluator.evaluate) for c in generation]
+        seen = [c for generation in generations(problem, config, evaluator.evaluate, valued=valued) for c in generation]
         best = next((c for c in ranked(seen) if c.arch in rows), None)
         if best is not None:
             found[budget] = rows[best.arch]

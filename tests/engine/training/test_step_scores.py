@@ -36,6 +36,12 @@ def test_without_a_confidence_every_subnet_sees_every_image_and_ties_are_left_to
     assert scores.images_saved == 0
 
 
+def test_subnets_are_ranked_by_loss_where_that_is_asked_for():
+    scores = score_thirds(evaluator(), ARCHS, None, "loss")
+    assert scores.ranks == [-score.loss for score in evaluator().evaluate(ARCHS)]
+    assert scores.top1 == score_thirds(evaluator(), ARCHS, None).top1
+
+
 def test_early_thirds_lead_to_the_same_space_from_fewer_images():
     full, early = (score_thirds(evaluator(), ARCHS, confidence) for confidence in (None, 0.999))
     kept = [shrink(small_space(), importance(small_space(), ARCHS, scores.ranks), 2) for scores in (full, early)]
