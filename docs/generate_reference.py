@@ -25,8 +25,8 @@ from bsnas.engine.presets import PRESETS
 
 PAGE = ROOT / "docs/options.md"
 SCRIPTS = (
-    "engine/prepare.py", "search/space.py", "engine/train.py", "search/evolve.py", "engine/retrain.py",
-    "engine/export.py", "search/latency.py",
+    "engine/prepare.py", "search/space.py", "engine/train.py", "search/evolve.py", "search/finals.py",
+    "engine/retrain.py", "engine/export.py", "search/latency.py",
     "benchmarks/latency.py", "benchmarks/serve_check.py", "search/report.py", "engine/status.py", "benchmarks/demo.py",
     "benchmarks/ranking.py", "benchmarks/study.py", "benchmarks/early_decisions.py", "benchmarks/soak.py",
     "benchmarks/evaluation.py", "benchmarks/loader.py", "benchmarks/loader_augmentations.py",

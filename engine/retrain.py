@@ -3,9 +3,11 @@
     deepspeed engine/retrain.py --run runs/digits
     deepspeed engine/retrain.py --run runs/digits --arch c24:k3t3,k5t6_c48:...  --inherit
 
-Without --arch it takes the best architecture of the latest search. A training that was interrupted continues.
+Without --arch it takes the winner of the finals of the latest search, whose training there it goes on with, or the best
+architecture of the search. A training that was interrupted continues.
 """
 
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -32,7 +34,7 @@ from bsnas.engine.host.script import force_kernels, load_deepspeed_overrides, pa
 from bsnas.engine.networks.subnet import Subnet, release
 from bsnas.engine.release.saved_network import load_network, save_network
 from bsnas.engine.runs.commands import recorded
-from bsnas.engine.runs.rundir import RunDir, read_json, write_json
+from bsnas.engine.runs.rundir import NetworkDir, RunDir, read_json, write_json
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.training.network import NetworkTraining, measure_accuracy
@@ -43,9 +45,11 @@ class RetrainArguments:
     run: Path
     """Run directory of a search."""
     arch: str | None = None
-    """Architecture to train; by default the best of the latest search."""
+    """Architecture to train; by default the winner of the finals, else the best of the latest search."""
     inherit: bool = False
     """Start from the supernet's weights instead of from scratch."""
+    scratch: bool = False
+    """Start from scratch also where the finals have begun with the network."""
     epochs: int | None = None
     """Epochs; by default as in the run's configuration."""
     learning_rate: float | None = None
@@ -86,19 +90,28 @@ def retrain(
 ) -> dict[str, Any]:
     """Train, save and test the network. Returns the figures of --json."""
     config = _with_overrides(run_dir.config(), arguments)
-    arch = Arch.parse(arguments.arch or _best_arch(run_dir))
+    winner = on_main(process, lambda: winner_of_finals(run_dir))
+    arch = Arch.parse(arguments.arch or (winner.arch if winner else _best_arch(run_dir)))
     config.space.check(arch)
+    start = winner if winner and str(arch) == winner.arch and not (arguments.inherit or arguments.scratch) else None
+    if start and start.epochs >= config.retrain.epochs:
+        raise UserError(
+            f"the finals have trained {arch} for {start.epochs} epochs, and its whole training has "
+            f"{config.retrain.epochs}; give more --epochs, or --scratch"
+        )
     request = {
         "arch": str(arch), "inherit": arguments.inherit, "epochs": config.retrain.epochs,
         "learning_rate": config.retrain.learning_rate, "batch_size": config.retrain.batch_size,
+        **({"finals": start.epochs} if start else {}),
     }  # fmt: skip
     on_main(process, lambda: _check_free(run_dir, request, arguments.overwrite))
     torch.manual_seed(config.seed)
     trained = TrainedRun.open(run_dir.path, process)
     network = release(trained.supernet, arch) if arguments.inherit else Subnet(config.space, arch)
     trainer = NetworkTraining(
-        network, config, run_dir.retrain.path, request, process, trained.data, overrides, arguments.safety
-    )
+        network, config, run_dir.retrain.path, request, process, trained.data, overrides, arguments.safety,
+        start=start.checkpoints if start else None,
+    )  # fmt: skip
     trainer.train()
     if process.is_main:
         save_network(run_dir.retrain.network_file, network)
@@ -124,6 +137,33 @@ def _with_overrides(config: RunConfig, arguments: RetrainArguments) -> RunConfig
         batch_size=kept.batch_size if arguments.batch_size is None else arguments.batch_size,
     )
     return replace(config, retrain=settings)
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The network that the finals of the latest search chose."""
+
+    arch: str
+    epochs: int
+    """Epochs at a constant rate that it is trained for."""
+    checkpoints: Path
+
+
+def winner_of_finals(run_dir: RunDir) -> Winner | None:
+    """None where the latest search had no finals, or they are not finished. Raises `UserError` for a damaged file."""
+    file = run_dir.finals_file
+    if not file.is_file() or not run_dir.best_file.is_file():
+        return None
+    best, found = read_json(run_dir.best_file), read_json(file)
+    try:
+        if found["search"] != {"arch": best["arch"], "limits": best["limits"]} or "winner" not in found:
+            return None
+        arch, epochs, training = (found["winner"][name] for name in ("arch", "epochs", "training"))
+        if type(epochs) is not int or epochs < 1 or not re.fullmatch("[0-9a-f]{12}", training):
+            raise ValueError
+        return Winner(str(Arch.parse(arch)), epochs, NetworkDir(run_dir.finals / training).checkpoints)
+    except (TypeError, KeyError, ValueError):
+        raise UserError(f"{file} holds no finals of this program; remove it, and repeat search/finals.py") from None
 
 
 def _best_arch(run_dir: RunDir) -> str:

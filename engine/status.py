@@ -91,10 +91,20 @@ def phases(facts: RunFacts) -> Iterator[tuple[str, str]]:
         yield "search", f"{generations} ({limits}), {len(search.rows):,} subnets, best one-shot top-1 {best:.2%}"
     else:
         yield "search", "not started"
+    yield "finals", _finals(facts)
     yield "retraining", _retraining(facts)
     yield "export", ", ".join(file.name for file in facts.exports) or "not done"
     measured = [row for row in facts.latency.get("rows", []) if "p50_ms" in row]
     yield "latency", f"{len(measured)} rows measured" if measured else "not measured"
+
+
+def _finals(facts: RunFacts) -> str:
+    rungs = facts.finals.get("rungs", [])
+    if not rungs:
+        return "not held"
+    best = rungs[-1]["networks"][0]
+    left = "" if facts.finals.get("winner") else ", to be continued"
+    return f"{len(rungs)} rungs, best top-1 {best['top1']:.2%} after {rungs[-1]['epochs']} epochs{left}"
 
 
 def _retraining(facts: RunFacts) -> str:

@@ -24,7 +24,7 @@ ORDER = {
         "release", "prepare", "train", "retrain", "export", "status",
     ),
     "search": ("backends", "latency_tables", "algorithms", "runs", "reporting", "run_time", "latency", "evolve",
-        "report", "space",
+        "finals", "report", "space",
     ),
 }  # fmt: skip
 """The folders and modules of each package, each before what may import it."""

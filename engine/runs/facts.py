@@ -122,6 +122,11 @@ class RunFacts:
         return self._json(self.directory.front_file) or []
 
     @cached_property
+    def finals(self) -> Row:
+        """What search/finals.py found: `rungs` of networks, the best first, and the `winner`."""
+        return self._json(self.directory.finals_file) or {}
+
+    @cached_property
     def retrain_epochs(self) -> list[Row]:
         return [line for line in self._lines(self.directory.retrain.metrics_file) if line.get("kind") == "epoch"]
 

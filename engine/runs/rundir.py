@@ -9,6 +9,7 @@ spaces/step-N.json     the space after shrink step N
 shrink/step-N.json     the models that step N scored, and R_i of every operation
 evaluations.sqlite     every subnet evaluation
 search/                a file per search, its best architecture, the Pareto set
+finals/                the networks that were trained to choose among, and finals.json
 retrain/               the network trained from scratch
 export/                ONNX
 latency/               latency tables, timings, measured latencies
@@ -79,6 +80,8 @@ class RunDir:
         self.search = self.path / "search"
         self.best_file = self.search / "best.json"
         self.front_file = self.search / "pareto.json"
+        self.finals = self.path / "finals"
+        self.finals_file = self.finals / "finals.json"
         self.retrain = NetworkDir(self.path / "retrain")
         self.export = self.path / "export"
         self.latency = self.path / "latency"

@@ -110,8 +110,10 @@ class Training(ABC):
         fingerprint: str,
         overrides: Mapping[str, Any],
         safety: SafetyConfig,
+        start: Path | None = None,
     ) -> None:
-        """`kept_epochs`: after which a checkpoint stays for good. `fingerprint`: of the data set and its split."""
+        """`kept_epochs`: after which a checkpoint stays for good. `fingerprint`: of the data set and its split.
+        `start`: the checkpoints of another training, of a network alike, whose last epoch this one goes on from."""
         self.optimizer_config = optimizer
         self._image_shape = (data.channels, data.resolution, data.resolution)
         self.epochs = epochs
@@ -135,7 +137,7 @@ class Training(ABC):
         """Sums of the epoch under way."""
         self.reporter = Reporter(epochs, enabled=process.is_main, doing=self.doing)
         self.progress = Progress()
-        metrics_bytes = self._start_or_continue(files.checkpoints)
+        metrics_bytes = self._start_or_continue(files.checkpoints, start)
         self.log: MetricsLog | None = None
         if process.is_main:
             self.log = MetricsLog(
@@ -300,9 +302,9 @@ class Training(ABC):
             self.writer.save(manifest, {**self.description(), **parts, **inside, "metrics_bytes": metrics_bytes})
         self.watch.saved()
 
-    def _start_or_continue(self, checkpoints: Path) -> int:
+    def _start_or_continue(self, checkpoints: Path, start: Path | None) -> int:
         """Fill in the newest checkpoint, or begin. Returns how much of the metrics file belongs to that state."""
-        found = find_checkpoint(checkpoints, self.process, self.fingerprint, self.reporter.say)
+        found = find_checkpoint(checkpoints, self.process, self.fingerprint, self.reporter.say, start)
         if found is None:
             self.wrap(self.new_network())
             return 0
@@ -319,6 +321,11 @@ class Training(ABC):
             f"continues from {found.file.name}: epoch {self.progress.epoch + 1}, {self.progress.passes} "
             f"{self.counted} made"
         )
+        if found.file.parent == start:  # whose epochs may have had other numbers of batches
+            self.progress = Progress(
+                epoch=self.progress.epoch, passes=self.progress.epoch * self.loader.steps_per_epoch
+            )
+            return 0
         return take(content, "metrics_bytes", int, found.file)
 
     def _parts_of_rank(self) -> dict[str, Any]:

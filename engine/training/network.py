@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from bsnas.engine.config import RunConfig, SafetyConfig
 from bsnas.engine.data.dataset import Dataset
+from bsnas.engine.data.file_list import FileList
 from bsnas.engine.data.loading.evaluation_set import EvaluationSet
 from bsnas.engine.host.distributed import Process, on_main
 from bsnas.engine.host.precision import default_precision
@@ -21,30 +23,34 @@ from bsnas.kernels import graphs
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Shares of correctly classified images."""
+    """Shares of correctly classified images, and the mean loss."""
 
     top1: float
     top5: float
+    loss: float
     images: int
 
 
 @torch.no_grad()
 def measure_accuracy(network: nn.Module, images: EvaluationSet, device: torch.device, batch: int = 256) -> Accuracy:
-    """Top-1 and top-5 of a network in evaluation mode, fp32."""
+    """Top-1, top-5 and cross-entropy of a network in evaluation mode, fp32."""
     network.eval()
     labels = torch.from_numpy(images.labels).to(device)
     correct1 = correct5 = 0
+    loss = 0.0
     for start in range(0, len(labels), batch):
         logits = network(images.normalized(device, torch.float32, start, start + batch))
         best = logits.topk(min(5, logits.shape[1])).indices
         hits = best == labels[start : start + batch, None]
         correct1 += int(hits[:, 0].sum())
         correct5 += int(hits.sum())
-    return Accuracy(top1=correct1 / len(labels), top5=correct5 / len(labels), images=len(labels))
+        loss += float(functional.cross_entropy(logits, labels[start : start + batch], reduction="sum"))
+    count = len(labels)
+    return Accuracy(top1=correct1 / count, top5=correct5 / count, loss=loss / count, images=count)
 
 
 class NetworkTraining(Training):
-    """Trains a released network on all images of train/, the search-validation images included.
+    """Trains a released network.
 
     Its checkpoints are in `directory`; a training that was started with the same request continues there.
     """
@@ -61,20 +67,32 @@ class NetworkTraining(Training):
         data: Dataset,
         deepspeed_overrides: Mapping[str, Any],
         safety: SafetyConfig = SafetyConfig(),  # noqa: B008 - frozen
+        *,
+        images: FileList | None = None,
+        epochs: int | None = None,
+        start: Path | None = None,
     ) -> None:
+        """
+        Args:
+            request: what `directory` is claimed for.
+            images: by default all of train/, the search-validation images included.
+            epochs: by default those of `config.retrain`.
+            start: the checkpoints of another training of this network, which this one goes on from.
+        """
         self.request = dict(request)
         self._untrained = network
-        files, epochs = NetworkDir(directory), config.retrain.epochs
+        files, planned = NetworkDir(directory), config.retrain.epochs
+        epochs = planned if epochs is None else epochs
         on_main(process, lambda: claim(files, self.request))
         super().__init__(
             files,
-            data.everything,
+            data.everything if images is None else images,
             config.data,
             replace(
                 config.optimizer,
                 batch_size=config.retrain.batch_size,
                 learning_rate=config.retrain.learning_rate,
-                warmup_epochs=min(config.optimizer.warmup_epochs, epochs / 2),
+                warmup_epochs=min(config.optimizer.warmup_epochs, planned / 2),
             ),
             epochs=epochs,
             kept_epochs=(epochs,),
@@ -84,6 +102,7 @@ class NetworkTraining(Training):
             fingerprint=data.fingerprint,
             overrides=deepspeed_overrides,
             safety=safety,
+            start=start,
         )
 
     def new_network(self) -> nn.Module:
@@ -120,6 +139,24 @@ class NetworkTraining(Training):
 
     def after_training(self) -> None:
         graphs.GRAPHS.clear()  # whoever scores the network needs the memory
+
+
+class RungTraining(NetworkTraining):
+    """Trains a network of the finals on the training images that are not for search-validation.
+
+    The rate is constant after the warmup. With `decay_epochs` it falls to zero, linearly, over so many last epochs: a
+    network is compared after such a decay, and the next rung goes on from before it.
+    """
+
+    def __init__(self, *arguments: Any, decay_epochs: int = 0, **settings: Any) -> None:
+        self.decay_epochs = decay_epochs
+        super().__init__(*arguments, **settings)
+
+    def rate(self, position: float, decay_power: float = 1.0) -> float:
+        config, left = self.optimizer_config, self.epochs - position
+        warmup = min(1.0, position / config.warmup_epochs) if config.warmup_epochs else 1.0
+        decay = min(1.0, left / self.decay_epochs) if self.decay_epochs else 1.0
+        return config.learning_rate * warmup * decay
 
 
 def claim(files: NetworkDir, request: Mapping[str, Any]) -> None:

@@ -14,13 +14,21 @@ from bsnas.engine.host.distributed import Process, gather_to_main, on_main
 from bsnas.engine.host.errors import UserError
 
 
-def find_checkpoint(directory: Path, process: Process, data: str, say: Callable[[str], None]) -> Checkpoint | None:
+def find_checkpoint(
+    directory: Path, process: Process, data: str, say: Callable[[str], None], start: Path | None = None
+) -> Checkpoint | None:
     """The newest checkpoint that this many processes can continue from, the same on all ranks; None to start.
 
-    `data` is the fingerprint of the data set and its split. Raises `UserError` when it is another, when every
-    checkpoint is damaged, or when none lies between epochs and the number of processes has changed.
+    Where `directory` has none, the newest of `start`, the directory of a training to go on from. `data` is the
+    fingerprint of the data set and its split. Raises `UserError` when it is another, when every checkpoint is damaged,
+    or when none lies between epochs and the number of processes has changed.
     """
-    return on_main(process, lambda: _find(directory, process, data, say))
+
+    def find() -> Checkpoint | None:
+        found = _find(directory, process, data, say)
+        return found if found is not None or start is None else _find(start, process, data, say)
+
+    return on_main(process, find)
 
 
 def _find(directory: Path, process: Process, data: str, say: Callable[[str], None]) -> Checkpoint | None:

@@ -77,6 +77,14 @@ def run_sections(run: RunFacts) -> list[Section]:
             missing="The first epoch is not finished.",
         ),
         Section(
+            "finals",
+            "Finals",
+            "The best networks of the search, trained alone: the better half of each rung goes on to the next. Their "
+            "top-1 and loss are on the search-validation images.",
+            tables=some("finals"),
+            missing=f"None held: <code>python search/finals.py --run {where}</code>",
+        ),
+        Section(
             "retraining",
             "Stand-alone network",
             pictures=list(retraining_pictures(run)),

@@ -83,6 +83,14 @@ def tables(run: RunFacts) -> Iterator[Table]:
         yield probes(run)
     if run.epochs:
         yield metric_table("training", "Epochs of the supernet", run.epochs)
+    if run.finals:
+        columns = ("top1", "loss", "one_shot", "macs", "params", "arch")
+        rows = [
+            (number, rung["epochs"], *(row.get(c) for c in columns))
+            for number, rung in enumerate(run.finals["rungs"], 1)
+            for row in rung["networks"]
+        ]
+        yield Table("finals", "Networks of the finals", ("rung", "epochs", *columns), rows, unfolded=True)
     if run.retrain_epochs:
         yield metric_table("retraining", "Epochs of the stand-alone network", run.retrain_epochs)
     ranked = ranking_rows(run)

@@ -23,7 +23,7 @@ from bsnas.engine.runs.rundir import RunDir, read_json, write_json
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.problem import Problem
 from bsnas.engine.space.space import Space
-from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, Generation
+from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, Generation, by_loss, by_top1
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,27 @@ class History:
         """Write best.json and pareto.json."""
 
         def write() -> None:
-            write_json(self.run.best_file, {**_to_json(best), "limits": self.request["limits"]})
+            content = {**_to_json(best), "limits": self.request["limits"], "search": self.file.name}
+            write_json(self.run.best_file, content)
             write_json(self.run.front_file, [_to_json(candidate) for candidate in front])
 
         on_main(self.process, write)
+
+
+def latest_search(run: RunDir, space: Space) -> tuple[dict[str, Any], list[Generation]]:
+    """What best.json holds, and the generations of the search that wrote it, each candidate with what ranks it.
+
+    Raises `UserError` without such files.
+    """
+    if not run.best_file.is_file():
+        raise UserError(f"{run.path} holds no search result; run search/evolve.py --run {run.path} first")
+    best = read_json(run.best_file)
+    name = best.get("search") if isinstance(best, dict) else None
+    if not isinstance(name, str) or run.search / name not in run.search_files():
+        raise UserError(f"{run.best_file} names no search that is there; repeat search/evolve.py, which is quick")
+    state = read_json(run.search / name)
+    valued = by_loss if isinstance(state, dict) and state.get("request", {}).get("score") == "loss" else by_top1
+    return best, [[valued(c) for c in generation] for generation in _generations(state, run.search / name, space)]
 
 
 def _to_json(candidate: Candidate) -> dict[str, Any]:

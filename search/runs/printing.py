@@ -60,3 +60,15 @@ def print_budgets(budgets: Sequence[str], results: Sequence[dict[str, Any]]) -> 
     for budget, result in zip(budgets, results, strict=True):
         best, new = result["best"], result["evaluations"] - result["reused"]
         print(f"{budget:>10} {best['top1']:8.4f} {format_count(best['macs']):>10} {new:>6}  {best['arch']}")
+
+
+def print_rung(number: int, epochs: int, networks: Sequence[dict[str, Any]], left: int) -> None:
+    """What each network of a rung of the finals scored, the best first, and which go on."""
+    print(f"\nrung {number}, {epochs} epochs and the decay\n{'top-1':>8} {'loss':>8} {'one-shot':>8} {'MACs':>10}")
+    for place, row in enumerate(networks):
+        end = "" if place < left else "  out"
+        print(
+            f"{row['top1']:8.4f} {row['loss']:8.4f} {row['one_shot']:8.4f} {format_count(row['macs']):>10}  "
+            f"{row['arch']}{end}",
+            flush=True,
+        )
