@@ -83,6 +83,9 @@ class EvolveArguments:
     """Statistics of scored subnets; by default as in the run's shrink steps."""
     score: ScoreName | None = None
     """What ranks subnets, top-1 or the mean loss; by default as in the run's shrink steps."""
+    correction: bool = False
+    """Learn from the networks that search/finals.py has trained how one-shot scores err: the last third of the
+    generations and the ranking for the next finals go by it."""
     confidence: float | None = None
     """Stop scoring a subnet that is no parent at this confidence, as 0.999; by default all images are seen."""
     kernels: str | None = None
@@ -184,6 +187,7 @@ def main() -> None:
                 finalists=arguments.finalists,
                 confidence=arguments.confidence,
                 score=arguments.score,
+                corrected=arguments.correction,
             )
             for limits in requested
         ]

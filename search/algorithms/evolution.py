@@ -86,7 +86,7 @@ Valued = Callable[[Candidate], Candidate]
 
 
 def by_top1(candidate: Candidate) -> Candidate:
-    return candidate
+    return candidate if candidate.value is None else replace(candidate, value=None)
 
 
 def by_loss(candidate: Candidate) -> Candidate:

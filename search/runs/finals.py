@@ -13,7 +13,6 @@ finals/finals.json   the rungs so far and the winner, whose training engine/retr
 import hashlib
 import random
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,8 +27,8 @@ from bsnas.engine.runs.rundir import NetworkDir, read_json, write_json
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.training.network import RungTraining, measure_accuracy
-from bsnas.search.algorithms.evolution import Candidate, ranked
-from bsnas.search.runs.history import latest_search
+from bsnas.search.algorithms.evolution import Candidate
+from bsnas.search.runs.history import MOST_RANKED, LatestSearch
 from bsnas.search.runs.printing import print_rung
 
 Row = dict[str, Any]
@@ -50,10 +49,11 @@ class FinalsConfig:
     """Epochs in which the rate then falls to zero, before networks are compared."""
 
     def __post_init__(self) -> None:
-        if self.networks < 2 or min(self.random, self.decay_epochs) < 0 or self.epochs < 1:
+        if not 2 <= self.networks <= MOST_RANKED or min(self.random, self.decay_epochs) < 0 or self.epochs < 1:
             raise UserError(
                 f"finals of {self.networks} networks and {self.random} random ones with {self.epochs} epochs and "
-                f"{self.decay_epochs} of decay: need at least 2 networks, 0 random ones, 1 epoch and 0 of decay"
+                f"{self.decay_epochs} of decay: need 2 to {MOST_RANKED} networks, 0 random ones or more, at least 1 "
+                "epoch and 0 of decay"
             )
 
     @property
@@ -85,14 +85,11 @@ class Finals:
                 f"the last rung ends after {last} epochs at a constant rate, and the winner's whole training has "
                 f"{planned}; give fewer --networks or --epochs"
             )
-        self._best, generations = on_main(self.process, lambda: latest_search(trained.run, trained.supernet.space))
-        by_arch = {c.arch: c for rows in generations for c in rows}
-        best = Arch.parse(self._best["arch"])
-        first = [by_arch[best]] if best in by_arch else []
-        self.entrants = [*first, *(c for c in ranked(by_arch.values()) if c.complete and c.arch != best)][
-            : config.networks
-        ]
-        rest = [c for c in generations[0] if c not in self.entrants] if generations else []
+        latest = on_main(self.process, lambda: LatestSearch.of(trained.run, trained.supernet.space))
+        self._search = {"arch": latest.best["arch"], "limits": latest.best["limits"]}
+        self.entrants = latest.ranked[: config.networks]
+        entered = {candidate.arch for candidate in self.entrants}
+        rest = [candidate for candidate in latest.first if candidate.arch not in entered]
         self.others = random.Random(trained.config.seed).sample(rest, min(config.random, len(rest)))
         self._costs = CostModel(trained.config.space)
 
@@ -100,7 +97,7 @@ class Finals:
         """Train and compare rung by rung. Returns what finals.json holds."""
         found: Row = {
             "request": asdict(self.config),
-            "search": {"arch": self._best["arch"], "limits": self._best["limits"]},
+            "search": self._search,
             "rungs": [],
             "others": [],
         }
@@ -124,13 +121,13 @@ class Finals:
 
     def _row(self, candidate: Candidate, number: int, epochs: int) -> Row:
         macs, params = self._costs.macs_and_params(candidate.arch)
-        scores = self._scores(candidate.arch, number, epochs)
+        scores = self._scores(candidate, number, epochs)
         about = {"arch": str(candidate.arch), "macs": macs, "params": params}
         return {**about, "one_shot": candidate.top1, "one_shot_loss": candidate.loss, **scores}
 
-    def _scores(self, arch: Arch, number: int, epochs: int) -> Row:
+    def _scores(self, candidate: Candidate, number: int, epochs: int) -> Row:
         """Top-1 and loss on the search-validation images of a network at the end of a rung."""
-        config, decay = self.trained.config, self.config.decay_epochs
+        config, decay, arch = self.trained.config, self.config.decay_epochs, candidate.arch
         directory = self.trained.run.finals / _name(arch)
         rung = NetworkDir(directory / f"rung-{number}")
         request = {
@@ -151,7 +148,7 @@ class Finals:
         scores = {"top1": accuracy.top1, "loss": accuracy.loss}
 
         def store() -> None:
-            write_json(rung.result_file, {"request": asked, "scores": scores})
+            write_json(rung.result_file, {"request": asked, "one_shot_loss": candidate.loss, "scores": scores})
             shutil.rmtree(rung.checkpoints, ignore_errors=True)
 
         on_main(self.process, store)
@@ -175,11 +172,6 @@ class Finals:
             )
         training.train()
         return network
-
-
-def trained_rows(found: Row) -> Sequence[Row]:
-    """All networks that the first rung trained equally long, those that did not compete among them."""
-    return [*found["rungs"][0]["networks"], *found["others"]] if found.get("rungs") else []
 
 
 def _name(arch: Arch) -> str:

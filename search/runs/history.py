@@ -23,7 +23,10 @@ from bsnas.engine.runs.rundir import RunDir, read_json, write_json
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.problem import Problem
 from bsnas.engine.space.space import Space
-from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, Generation, by_loss, by_top1
+from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, Generation
+
+MOST_RANKED = 32
+"""Candidates in best.json: as many as can enter finals."""
 
 
 @dataclass(frozen=True)
@@ -95,37 +98,54 @@ class History:
         state = {"request": self.request, "scored_by": self.scored_by, "generations": rows}
         on_main(self.process, lambda: write_json(self.file, state))
 
-    def publish(self, best: Candidate, front: Sequence[Candidate]) -> None:
-        """Write best.json and pareto.json."""
+    def publish(self, best: Candidate, front: Sequence[Candidate], ranked: Sequence[Candidate]) -> None:
+        """Write best.json, with the first of the ranking for the finals, and pareto.json."""
 
         def write() -> None:
-            content = {**_to_json(best), "limits": self.request["limits"], "search": self.file.name}
-            write_json(self.run.best_file, content)
+            first = [best, *(candidate for candidate in ranked if candidate.arch != best.arch)][:MOST_RANKED]
+            about = {"limits": self.request["limits"], "search": self.file.name}
+            write_json(self.run.best_file, {**_to_json(best), **about, "ranked": [_to_json(c) for c in first]})
             write_json(self.run.front_file, [_to_json(candidate) for candidate in front])
 
         on_main(self.process, write)
 
 
-def latest_search(run: RunDir, space: Space) -> tuple[dict[str, Any], list[Generation]]:
-    """What best.json holds, and the generations of the search that wrote it, each candidate with what ranks it.
+@dataclass(frozen=True)
+class LatestSearch:
+    """What the latest search of a run left: what it found, and what it began with."""
 
-    Raises `UserError` without such files.
-    """
-    if not run.best_file.is_file():
-        raise UserError(f"{run.path} holds no search result; run search/evolve.py --run {run.path} first")
-    best = read_json(run.best_file)
-    name = best.get("search") if isinstance(best, dict) else None
-    if not isinstance(name, str) or run.search / name not in run.search_files():
-        raise UserError(f"{run.best_file} names no search that is there; repeat search/evolve.py, which is quick")
-    state = read_json(run.search / name)
-    valued = by_loss if isinstance(state, dict) and state.get("request", {}).get("score") == "loss" else by_top1
-    return best, [[valued(c) for c in generation] for generation in _generations(state, run.search / name, space)]
+    best: dict[str, Any]
+    """What best.json holds, the ranking left out."""
+    ranked: list[Candidate]
+    """The best ones inside the limits, the best first."""
+    first: list[Candidate]
+    """Its first, random generation."""
+
+    @classmethod
+    def of(cls, run: RunDir, space: Space) -> "LatestSearch":
+        """Raises `UserError` when there is none, or a file of it is damaged."""
+        if not run.best_file.is_file():
+            raise UserError(f"{run.path} holds no search result; run search/evolve.py --run {run.path} first")
+        best = read_json(run.best_file)
+        try:
+            file, rows = run.search / best.pop("search"), best.pop("ranked")
+            ranked = [_candidate(dict(row), space) for row in rows]
+            if file not in run.search_files() or best["arch"] != str(ranked[0].arch):
+                raise ValueError("its search is gone")
+        except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"{run.best_file} tells of no search of this version ({error!s:.60}); repeat search/evolve.py, which "
+                "takes its evaluations from the run"
+            ) from None
+        return cls(best, ranked, _generations(read_json(file), file, space)[0])
 
 
 def _to_json(candidate: Candidate) -> dict[str, Any]:
     scores: dict[str, Any] = {"top1": candidate.top1, "top5": candidate.top5, "loss": candidate.loss}
     if not candidate.complete:
         scores["complete"] = False
+    if candidate.value is not None:
+        scores["value"] = candidate.value
     return {"arch": str(candidate.arch), **candidate.costs, **scores}
 
 
@@ -142,10 +162,10 @@ def _candidate(row: dict[str, Any], space: Space) -> Candidate:
     """Raises one of several errors when the row is none of a candidate in the space."""
     arch = Arch.parse(row.pop("arch"))
     space.check(arch)
-    complete = row.pop("complete", True)
-    if type(complete) is not bool or any(type(value) not in (int, float) for value in row.values()):
+    complete, value = row.pop("complete", True), row.pop("value", None)
+    if type(complete) is not bool or any(type(number) not in (int, float) for number in (value or 0, *row.values())):
         raise TypeError(f"{arch} has a value that is no number")
     top1, top5, loss = (row.pop(name) for name in ("top1", "top5", "loss"))
     if not 0 <= top1 <= top5 <= 1 or any(cost < 0 for cost in row.values()):
         raise ValueError(f"{arch} has a top-1, top-5 or cost that is impossible")
-    return Candidate(arch, row, top1, top5, loss, complete)
+    return Candidate(arch, row, top1, top5, loss, complete, value)

@@ -44,6 +44,14 @@ def print_result(best: Candidate, front: Sequence[Candidate], file: Path) -> Non
     )
 
 
+def print_correction(best: Candidate, deviation: float, networks: int) -> None:
+    """What the correction expects of the best."""
+    print(
+        f"expected after a training as in the first rung of the finals: top-1 {best.quality:.4f} +- {deviation:.4f}, "
+        f"learned from {networks} networks"
+    )
+
+
 def print_finalists(finalists: Sequence[Candidate], measured: Sequence[float], limit: Limit | None) -> None:
     """Predicted and measured latency of the last few, and what the limit was."""
     print(f"\n{'top-1':>8} {'predicted':>10} {'measured':>10} {'off by':>8}  latency in ms, best first")

@@ -16,6 +16,7 @@ from bsnas.engine.evaluation.evaluator import Score
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.limited_sampling import Sampler
 from bsnas.engine.space.problem import Problem
+from bsnas.search.algorithms.correction import Correction
 from bsnas.search.algorithms.evolution import (
     Candidate,
     EvolutionConfig,
@@ -49,15 +50,23 @@ class Result:
 
 
 def search(
-    problem: Problem, config: EvolutionConfig, evaluate: Evaluate, history: History, valued: Valued = by_top1
+    problem: Problem,
+    config: EvolutionConfig,
+    evaluate: Evaluate,
+    history: History,
+    valued: Valued = by_top1,
+    correction: Correction | None = None,
 ) -> Result:
-    """Run or continue one search. Every generation is stored before the next one begins."""
+    """Run or continue one search. Every generation is stored before the next one begins.
+
+    What it found is ranked by what the correction expects, if one is given.
+    """
     done = [[valued(candidate) for candidate in generation] for generation in history.load()]
     others = [valued(replace(other, costs=problem.costs_of(other.arch))) for other in history.comparable()]
     known = {candidate.arch for rows in (*done, others) for candidate in rows}
     front_of = partial(pareto_front, costs=problem.minimised) if problem.minimised else accuracy_front
     loaded, started = len(done), time.perf_counter()
-    for generation in generations(problem, config, evaluate, done, valued):
+    for generation in generations(problem, config, evaluate, done, valued, correction):
         done.append(generation)
         history.save(done)
         if history.process.is_main:
@@ -65,6 +74,8 @@ def search(
             seconds = time.perf_counter() - started
             print_generation(so_far[0], len(front_of(so_far)), done, config.iterations, loaded, seconds)
     found = _all(done)
+    if correction is not None:
+        found, others = correction.expected(found), correction.expected(others)
     inside = ranked([*found, *(other for other in others if problem.allows(other.arch))])
     front = front_of(inside if problem.minimised else [*found, *others])
     return Result(found, sum(candidate.arch in known for candidate in found), inside, front)
@@ -76,6 +87,7 @@ def generations(
     evaluate: Evaluate,
     done: Sequence[Generation] = (),
     valued: Valued = by_top1,
+    correction: Correction | None = None,
 ) -> Iterator[Generation]:
     """Yield every generation after its evaluation, from the first that `done` does not hold.
 
@@ -85,6 +97,7 @@ def generations(
         evaluate: called once per generation with architectures never evaluated before.
         done: generations of an interrupted search with the same arguments.
         valued: what candidates are ranked by.
+        correction: what they are ranked by in the last third of the generations instead, with hope.
 
     Ends early when the limits leave nothing new to evaluate. Raises `UserError` when no architecture keeps the limits.
     """
@@ -93,7 +106,10 @@ def generations(
     found = list(done)
     while len(found) <= config.iterations:
         rng = random.Random(f"{config.seed}/{seed}/{len(found)}")
-        archs = next_generation(sampler, _all(found), config, rng)
+        known = _all(found)
+        if correction is not None and 3 * len(found) > 2 * config.iterations:
+            known = correction.hopeful(known)
+        archs = next_generation(sampler, known, config, rng)
         if not archs:
             if not any(found):
                 raise sampler.nothing_found()

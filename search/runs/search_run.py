@@ -15,12 +15,14 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.limits import Limit
 from bsnas.engine.space.problem import Problem
+from bsnas.search.algorithms.correction import Correction
 from bsnas.search.algorithms.evolution import EvolutionConfig, by_loss, by_top1
 from bsnas.search.algorithms.nsga2 import hypervolume
 from bsnas.search.runs.finalists import LatencyTable, evenly_spaced, time_finalists
 from bsnas.search.runs.history import History
-from bsnas.search.runs.printing import print_result
+from bsnas.search.runs.printing import print_correction, print_result
 from bsnas.search.runs.search import Evaluate, search
+from bsnas.search.runs.trained_networks import trained_networks
 
 
 def search_run(
@@ -34,12 +36,19 @@ def search_run(
     finalists: int = 5,
     confidence: float | None = None,
     score: ScoreName | None = None,
+    corrected: bool = False,
 ) -> dict[str, Any]:
     """Run or continue one search; the main process stores and shows it. Returns the figures of --json.
 
-    `bn` and `score` are as in the run's shrink steps unless given.
+    `bn` and `score` are as in the run's shrink steps unless given. `corrected`: with a correction learned from the
+    networks that the run's finals have trained.
     """
     score = score or trained.config.shrink.score
+    if corrected and (confidence is not None or len(objectives) > 1):
+        raise UserError(
+            "a corrected search with --confidence or several --objectives, which compare one-shot accuracies; leave "
+            "these out, or --correction"
+        )
     if score == "loss" and (confidence is not None or len(objectives) > 1):
         raise UserError(
             "a search by loss with --confidence or several --objectives, which compare accuracies; leave these out, or "
@@ -55,12 +64,16 @@ def search_run(
         **({} if confidence is None else {"confidence": str(confidence)}),
     }
     more = _more(objectives, table) | ({} if score == "top1" else {"score": score})
+    networks = on_main(process, lambda: trained_networks(trained.run)) if corrected else []
+    correction = Correction(space, networks) if corrected else None
+    if correction is not None:
+        more["correction"] = hashlib.sha256(repr(networks).encode()).hexdigest()[:16]
     history = History.of(process, trained.run, problem, config, scored_by, more)
     evaluate: Evaluate = evaluator.evaluate
     if confidence is not None:
         complete = [c.arch for generation in history.load() for c in generation if c.complete]
         evaluate = Race(evaluator, config.parents, confidence, complete)
-    result = search(problem, config, evaluate, history, by_loss if score == "loss" else by_top1)
+    result = search(problem, config, evaluate, history, by_loss if score == "loss" else by_top1, correction)
     figures: dict[str, Any] = {
         "evaluations": len(result.found),
         "reused": result.reused,
@@ -76,10 +89,12 @@ def search_run(
     best = result.inside[0]
     if process.is_main:
         print_result(best, result.front, history.file)
+        if correction is not None:
+            print_correction(best, float(correction.predict([best])[1][0]), len(networks))
     if table is not None and table.local and finalists:
         few = evenly_spaced(result.front, finalists) if problem.minimised else result.inside[:finalists]
         best, figures["finalists"] = on_main(process, lambda: time_finalists(table, problem, few, best))
-    history.publish(best, result.front)
+    history.publish(best, result.front, result.inside)
     return {"best": {"arch": str(best.arch), **best.costs, "top1": best.top1}, **figures}
 
 

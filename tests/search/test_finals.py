@@ -17,9 +17,12 @@ from bsnas.engine.runs.rundir import NetworkDir, read_json, write_json
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.limits import Limit
 from bsnas.engine.training.network import RungTraining, measure_accuracy
+from bsnas.search.algorithms.correction import Correction
 from bsnas.search.algorithms.evolution import EvolutionConfig
-from bsnas.search.runs.finals import Finals, FinalsConfig, trained_rows
+from bsnas.search.runs.finals import Finals, FinalsConfig
+from bsnas.search.runs.history import LatestSearch
 from bsnas.search.runs.search_run import search_run
+from bsnas.search.runs.trained_networks import trained_networks
 from tests.search.runs import untrained_run
 
 SMALL = FinalsConfig(networks=3, random=2, epochs=1, decay_epochs=1)
@@ -59,7 +62,12 @@ def test_the_better_half_goes_on_until_one_is_left(held):
     others = {row["arch"] for row in found["others"]}
     assert len(others) == 2
     assert not others & entered
-    assert len(trained_rows(found)) == 5
+    networks = trained_networks(trained.run)
+    assert {str(network.arch) for network in networks} == entered | others
+    rows = {row["arch"]: row for row in (*first["networks"], *found["others"])}
+    for network in networks:
+        assert network.top1 == rows[str(network.arch)]["top1"]
+        assert network.one_shot_loss == rows[str(network.arch)]["one_shot_loss"]
 
 
 def test_a_rung_scores_what_a_plain_training_with_its_schedule_gives(held, tmp_path, alone):
@@ -155,7 +163,7 @@ def test_a_search_by_loss_sends_the_networks_with_the_least_loss(tmp_path, alone
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"networks": 1}, "finals of 1 networks .*need at least 2 networks"),
+        ({"networks": 1}, "finals of 1 networks .*need 2 to 32 networks"),
         ({"epochs": 0}, "with 0 epochs"),
         ({"decay_epochs": -1}, "-1 of decay"),
         ({"random": -1}, "-1 random ones"),
@@ -177,14 +185,14 @@ def test_finals_that_are_longer_than_the_retraining(held):
 
 def test_a_network_that_is_trained_too_far_is_told(held):
     trained, found = held
-    row = found["rungs"][1]["networks"][0]
     finals = Finals(trained, SMALL, {})
+    candidate = next(c for c in finals.entrants if str(c.arch) == found["winner"]["arch"])
     rung = NetworkDir(trained.run.finals / found["winner"]["training"] / "rung-1")
     content = read_json(rung.result_file)
     rung.result_file.unlink()
     try:
         with pytest.raises(UserError, match="is trained 2 epochs already, more than the 1 of its rung; remove"):
-            finals._scores(Arch.parse(row["arch"]), 1, 1)
+            finals._scores(candidate, 1, 1)
     finally:
         write_json(rung.result_file, content)
 
@@ -194,5 +202,59 @@ def test_a_run_without_a_search_says_what_to_do(tmp_path, alone):
     with pytest.raises(UserError, match=r"holds no search result; run search/evolve.py --run"):
         Finals(trained, SMALL, {})
     write_json(trained.run.best_file, {"arch": "c8", "limits": {}})  # as versions before this one wrote it
-    with pytest.raises(UserError, match=r"names no search that is there; repeat search/evolve.py, which is quick"):
+    with pytest.raises(
+        UserError, match=r"tells of no search of this version \('search'\); repeat search/evolve.py, whi"
+    ):
         Finals(trained, SMALL, {})
+
+
+def test_a_search_that_was_removed_is_told(tmp_path, alone):
+    trained = searched_run(tmp_path / "run", alone)
+    for file in trained.run.search_files():
+        file.unlink()
+    with pytest.raises(UserError, match=r"tells of no search of this version \(its search is gone\)"):
+        Finals(trained, SMALL, {})
+
+
+BAD_RESULTS = ("[]", "{}", '{"request": {"arch": "c8"}, "one_shot_loss": 1, "scores": {"top1": 1}}')
+
+
+@pytest.mark.parametrize("content", BAD_RESULTS)
+def test_a_damaged_result_of_a_rung_is_told(tmp_path, content):
+    run = untrained_run(tmp_path / "run")
+    file = run.finals / "0123" / "rung-1" / "result.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"holds no result of the finals .*; remove it, and repeat search/finals.py"):
+        trained_networks(run)
+
+
+def test_a_correction_learns_from_finals_and_ranks_the_next_search(tmp_path, alone):
+    trained = searched_run(tmp_path / "run", alone)
+    limits, evolution = (Limit("macs", high=40_000),), EvolutionConfig.scaled(population=9, iterations=3, seed=1)
+    with pytest.raises(UserError, match="0 networks of this run are trained alone"):
+        search_run(trained, limits, evolution, None, corrected=True)
+    latest = LatestSearch.of(trained.run, trained.supernet.space)
+    archs = {c.arch: c for c in (*latest.ranked, *latest.first)}
+    for number, candidate in enumerate(archs.values()):  # as if a wide beginning were what counts
+        content = {
+            "request": {"arch": str(candidate.arch), "seed": 0}, "one_shot_loss": candidate.loss,
+            "scores": {"top1": 0.5 + 0.05 * candidate.arch.channels[0] + 0.001 * (number % 2), "loss": 1.0},
+        }  # fmt: skip
+        file = trained.run.finals / f"{number:012}" / "rung-1" / "result.json"
+        file.parent.mkdir(parents=True)
+        write_json(file, content)
+    plain = search_run(trained, limits, evolution, None)
+    corrected = search_run(trained, limits, evolution, None, corrected=True)
+    assert corrected["file"] != plain["file"]
+    correction = Correction(trained.supernet.space, trained_networks(trained.run))
+    ranked = LatestSearch.of(trained.run, trained.supernet.space).ranked
+    assert [c.value for c in ranked] == sorted((c.value for c in ranked), reverse=True)
+    assert [c.value for c in ranked] == pytest.approx([c.value for c in correction.expected(ranked)])
+    assert ranked[0].arch.channels[0] == 8
+    assert search_run(trained, limits, evolution, None, corrected=True)["best"] == corrected["best"]
+    with pytest.raises(
+        UserError,
+        match="a corrected search with --confidence or several --objectives, which compare one-shot accuracies; leave",
+    ):
+        search_run(trained, limits, evolution, None, corrected=True, confidence=0.99)
