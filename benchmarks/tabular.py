@@ -2,12 +2,15 @@
 
 python benchmarks/tabular.py --table nas-bench-macro_cifar10.json --check-costs --json costs.json
 python benchmarks/tabular.py --table nas-bench-macro_cifar10.json --run runs/nas-bench --half choose --json ranking.json
+python benchmarks/tabular.py --table nas-bench-macro_cifar10.json --run runs/fair --method fair-channels-decay-crop \
+    --images cifar10 --half choose --rows rows.csv
 
 The space of a table is recognised. --check-costs compares multiply-adds and parameters of every row. --run scores all
 different networks with the weights of a supernet of that space, trained without shrinking, and says how well the scores
 rank them: over all, and among those of about 40, 60 and 80 M multiply-adds, where size decides nothing; what a search
 by these scores finds at each budget; and beside it, what multiply-adds, parameters and random searches come to.
-Settings are chosen on one half of the networks and reported on the other.
+Settings are chosen on one half of the networks and reported on the other. With --images the supernet is trained first,
+by a method of benchmarks/parts/tabular/methods.py.
 """
 
 import sys
@@ -26,6 +29,7 @@ from bsnas.engine.host.preemption import handle_signals
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
+from bsnas.benchmarks.parts.tabular.methods import METHODS, train
 from bsnas.benchmarks.parts.tabular.public_table import PublicTable
 from bsnas.benchmarks.parts.tabular.ranking import BUDGETS, Half, against_the_best, ceilings, in_half, ranking
 from bsnas.benchmarks.parts.tabular.scored_run import check_run, search_budgets
@@ -50,6 +54,10 @@ class TabularArguments:
     """Compare multiply-adds and parameters of every row with this project's."""
     run: Path | None = None
     """Run directory of a supernet of the table's space: rank the table's networks by its scores."""
+    images: Path | None = None
+    """Images of the table (train/CLASS, val/CLASS): train the supernet of --method in --run, unless it is trained."""
+    seed: int = 0
+    """Seed of that training."""
     half: Half | None = None
     """Rank the networks whose codes have an even CRC-32 (choose) or an odd one (report); by default all."""
     bn: BatchNormMode | None = None
@@ -65,7 +73,7 @@ class TabularArguments:
     rows: Path | None = None
     """CSV file to which a line with the main figures is appended."""
     method: str | None = None
-    """How the supernet was trained, in a word, for that line; needed with --rows."""
+    """How the supernet was trained, in a word, for that line; one of those known with --images."""
     json: Path | None = None
     """File for the figures."""
 
@@ -73,12 +81,15 @@ class TabularArguments:
         if not self.check_costs and self.run is None:
             raise UserError("nothing was asked for; give --check-costs, or --run with a trained supernet")
         sizes_given = (self.population, self.iterations) != (TabularArguments.population, TabularArguments.iterations)
-        if self.run is None and (self.half or self.bn or self.score or self.scores or self.rows or sizes_given):
+        about_scores = self.half, self.bn, self.score, self.scores, self.rows, self.images, sizes_given
+        if self.run is None and any(about_scores):
             raise UserError(
-                "--half, --bn, --score, --population, --iterations, --scores and --rows are about the scores of a run; "
-                "give --run, or leave them out"
+                "--half, --bn, --score, --population, --iterations, --scores, --rows and --images are about the scores "
+                "of a run; give --run, or leave them out"
             )
-        if bool(self.rows) != bool(self.method):
+        if self.images is not None and self.method not in METHODS:
+            raise UserError(f"--images with --method {self.method}; allowed are {', '.join(METHODS)}")
+        if bool(self.rows or self.images) != bool(self.method):
             raise UserError("--rows and --method belong together; give both or neither")
 
 
@@ -97,6 +108,8 @@ def main() -> None:
     if arguments.check_costs and is_main:
         figures["mismatches"] = count_mismatches(table)
     if arguments.run is not None and process is not None:
+        if arguments.images is not None and arguments.method is not None:
+            train(arguments.method, table.space, arguments.images, arguments.seed, arguments.run, process)
         figures |= rank_by_run(table, arguments.run, arguments, process)
     if is_main:
         write_figures(arguments.json, figures)
@@ -153,7 +166,7 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
         lines = [{"code": r.code, "top1": round(s.top1, 6), "loss": round(s.loss, 6)} for r, s in pairs]
         write_csv(arguments.scores, lines)
     if arguments.rows is not None:
-        append_rows(arguments.rows, [line_of(table, figures, trained, arguments.method)])
+        append_rows(arguments.rows, [line_of(table, figures, trained, arguments)])
     return figures
 
 
@@ -180,14 +193,16 @@ def print_ranking(figures: Mapping[str, Any]) -> None:
         )
 
 
-def line_of(table: PublicTable, figures: Mapping[str, Any], trained: TrainedRun, method: str | None) -> dict[str, Any]:
-    """The main figures, with how long the supernet trained and by which command."""
+def line_of(
+    table: PublicTable, figures: Mapping[str, Any], trained: TrainedRun, arguments: TabularArguments
+) -> dict[str, Any]:
+    """The main figures, with how long the supernet trained, and the command that gives them."""
     suffix = "_loss" if figures["score"] == "loss" else ""
     trainings = [command for command in RunFacts(trained.run.path).commands if command["script"] == "train"]
     return {
         "table": table.name,
         "half": figures["half"] or "all",
-        "method": method,
+        "method": arguments.method,
         "seed": figures["seed"],
         "tau": round(figures[f"tau{suffix}"], 4),
         "tau_bands": round(figures[f"tau{suffix}_bands"], 4),
@@ -196,9 +211,17 @@ def line_of(table: PublicTable, figures: Mapping[str, Any], trained: TrainedRun,
             for budget in BUDGETS
         },
         "minutes": round(sum(command.get("seconds", 0) for command in trainings) / 60, 1),
-        "command": trainings[0]["command"] if trainings else "",
+        "command": repeating(arguments, figures) if arguments.images else trainings[0]["command"] if trainings else "",
         "commit": figures["commit"],
     }
+
+
+def repeating(arguments: TabularArguments, figures: Mapping[str, Any]) -> str:
+    """The command without the paths of this machine."""
+    words = ["python benchmarks/tabular.py", "--table", arguments.table.name, "--images", "IMAGES", "--run", "RUN"]
+    words += ["--method", str(arguments.method), "--seed", str(figures["seed"])]
+    words += ["--half", arguments.half] if arguments.half else []
+    return " ".join([*words, "--bn", figures["bn"], "--score", figures["score"], "--rows", "ROWS"])
 
 
 if __name__ == "__main__":

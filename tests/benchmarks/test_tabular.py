@@ -154,6 +154,11 @@ def test_a_run_ranks_a_table(tmp_path):
         ({}, "nothing was asked for; give --check-costs, or --run with a trained supernet"),
         ({"check_costs": True, "half": "choose"}, "are about the scores of a run; give --run, or leave them out"),
         ({"run": Path("run"), "rows": Path("rows.csv")}, "--rows and --method belong together; give both or neither"),
+        ({"check_costs": True, "iterations": 3}, "and --images are about the scores of a run"),
+        (
+            {"run": Path("run"), "images": Path("x"), "method": "plain"},
+            "--images with --method plain; allowed are fair-channels-decay-crop, sandwich-",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, message):
