@@ -221,12 +221,21 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sharing: Sharing = "channels"
     """Who shares convolution weights inside a block."""
+    teacher: str | None = None
+    """Network to learn from beside the labels: a file of TorchScript, torch.export (.pt2) or ONNX that takes images as
+    this training sees them. Supernet, finals and retraining learn from it; it costs its forward pass."""
+    teacher_weight: float = 0.5
+    """Share of the loss that is the divergence from the teacher."""
+    teacher_sha256: Annotated[str | None, tyro.conf.Suppress] = None
+    """Of the teacher's file, taken when the run began."""
     precision: Precision | None = None
     """Compute precision; by default bf16 on a GPU and fp32 on a CPU. Weights are always fp32."""
     seed: int = 0
     """Seed of everything random."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.teacher_weight <= 1:
+            raise UserError(f"teacher weight {self.teacher_weight}; it must be above 0 and at most 1, as 0.5")
         if self.optimizer.warmup_epochs >= self.shrink.total_epochs:
             raise UserError(
                 f"warmup of {self.optimizer.warmup_epochs} epochs in a training of {self.shrink.total_epochs}; "

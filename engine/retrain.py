@@ -38,6 +38,7 @@ from bsnas.engine.runs.rundir import NetworkDir, RunDir, read_json, write_json
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.training.network import NetworkTraining, measure_accuracy
+from bsnas.engine.training.teacher import digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class RetrainArguments:
     """Peak learning rate; by default as in the run's configuration."""
     batch_size: int | None = None
     """Images of one step over all processes; by default as in the run's configuration."""
+    teacher: Path | None = None
+    """Network to learn from beside the labels, as --teacher of engine/train.py; by default the run's."""
     overwrite: bool = False
     """Replace the retrained network of another architecture or setting that the run holds."""
     safety: SafetyConfig = field(default_factory=SafetyConfig)
@@ -90,6 +93,7 @@ def retrain(
 ) -> dict[str, Any]:
     """Train, save and test the network. Returns the figures of --json."""
     config = _with_overrides(run_dir.config(), arguments)
+    teacher = config.teacher_sha256
     winner = on_main(process, lambda: winner_of_finals(run_dir))
     arch = Arch.parse(arguments.arch or (winner.arch if winner else _best_arch(run_dir)))
     config.space.check(arch)
@@ -102,7 +106,7 @@ def retrain(
     request = {
         "arch": str(arch), "inherit": arguments.inherit, "epochs": config.retrain.epochs,
         "learning_rate": config.retrain.learning_rate, "batch_size": config.retrain.batch_size,
-        **({"finals": start.epochs} if start else {}),
+        **({"finals": start.epochs} if start else {}), **({"teacher": teacher} if teacher else {}),
     }  # fmt: skip
     on_main(process, lambda: _check_free(run_dir, request, arguments.overwrite))
     torch.manual_seed(config.seed)
@@ -136,6 +140,8 @@ def _with_overrides(config: RunConfig, arguments: RetrainArguments) -> RunConfig
         learning_rate=kept.learning_rate if arguments.learning_rate is None else arguments.learning_rate,
         batch_size=kept.batch_size if arguments.batch_size is None else arguments.batch_size,
     )
+    if arguments.teacher is not None:
+        config = replace(config, teacher=str(arguments.teacher), teacher_sha256=digest(arguments.teacher))
     return replace(config, retrain=settings)
 
 

@@ -33,6 +33,7 @@ from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.space_file import space_text
 from bsnas.engine.space.spaces import space_at
 from bsnas.engine.training.supernet import SupernetTraining
+from bsnas.engine.training.teacher import digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,10 @@ def _open_run(path: Path, arguments: TrainArguments) -> tuple[RunDir, RunConfig]
     RunDir.refuse_existing(path)
     classes = len(open_dataset(arguments.config.data).classes)
     config = replace(arguments.config, space=replace(arguments.config.space, classes=classes))
+    if config.teacher is not None:
+        config = replace(
+            config, teacher=str(Path(config.teacher).absolute()), teacher_sha256=digest(Path(config.teacher))
+        )
     return RunDir.create(path, config), config
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bsnas.engine.host.atomic import write_atomically
-from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.errors import UserError, first_line
 from bsnas.engine.networks.fold_batchnorm import fold_batchnorm
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -199,12 +199,6 @@ def onnx_logits(file: Path, images: npt.NDArray[np.generic], batch: int = 256) -
         padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
         parts.append(session.run(None, {"images": padded})[0][: len(part)])
     return np.concatenate(parts)
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, cut to one readable line."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def _drop_traces(model: onnx.ModelProto) -> None:

@@ -21,10 +21,12 @@ from bsnas.engine.host.distributed import Process, average_batchnorm, on_main
 from bsnas.engine.host.precision import COMPUTE_DTYPES
 from bsnas.engine.host.preemption import Preempted, deferred, saving, signal_name
 from bsnas.engine.runs.rundir import NetworkDir, RunDir
+from bsnas.engine.training.distillation import kl_divergence
 from bsnas.engine.training.kernel_cache import compile_kernels
 from bsnas.engine.training.metrics import Meter, MetricsLog, Reporter
 from bsnas.engine.training.optimization import Optimization, learning_rate
 from bsnas.engine.training.resume import device_name, find_checkpoint, load_of_rank, of_ranks
+from bsnas.engine.training.teacher import Teacher
 from bsnas.engine.training.watch import Watch
 
 LossOf = Callable[[Tensor], Tensor]
@@ -111,9 +113,12 @@ class Training(ABC):
         overrides: Mapping[str, Any],
         safety: SafetyConfig,
         start: Path | None = None,
+        teacher: Teacher | None = None,
+        teacher_weight: float = 0.0,
     ) -> None:
         """`kept_epochs`: after which a checkpoint stays for good. `fingerprint`: of the data set and its split.
-        `start`: the checkpoints of another training, of a network alike, whose last epoch this one goes on from."""
+        `start`: the checkpoints of another training, of a network alike, whose last epoch this one goes on from.
+        `teacher_weight`: share of the loss that is the divergence from the teacher."""
         self.optimizer_config = optimizer
         self._image_shape = (data.channels, data.resolution, data.resolution)
         self.epochs = epochs
@@ -133,6 +138,7 @@ class Training(ABC):
             dtype=torch.float32 if precision == "fp32" else torch.float16,
         )
         self.criterion = nn.CrossEntropyLoss(label_smoothing=optimizer.label_smoothing)
+        self.teacher, self.teacher_weight = teacher, teacher_weight
         self.meter = Meter(process.device)
         """Sums of the epoch under way."""
         self.reporter = Reporter(epochs, enabled=process.is_main, doing=self.doing)
@@ -228,11 +234,18 @@ class Training(ABC):
         without a graph.
         """
         logits = self.optimization.forward(images, *path).float()
-        loss = loss_of(logits) if loss_of is not None else self.criterion(logits, labels)
+        loss = loss_of(logits) if loss_of is not None else self.loss(images, logits, labels)
         self.optimization.backward(loss)
         self.meter.add(loss, logits, labels)
         self.progress.passes += 1
         return logits.detach()
+
+    def loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy with the labels, and with what the teacher says where there is one."""
+        loss = self.criterion(logits, labels)
+        if self.teacher is None:
+            return loss
+        return torch.lerp(loss, kl_divergence(logits, self.teacher(images)), self.teacher_weight)
 
     @property
     def position(self) -> float:

@@ -18,6 +18,7 @@ from bsnas.engine.host.distributed import Process, on_main
 from bsnas.engine.host.precision import default_precision
 from bsnas.engine.runs.rundir import NetworkDir, read_json, write_json
 from bsnas.engine.training.loop import Part, Step, Training, Weights
+from bsnas.engine.training.teacher import teacher_of
 from bsnas.kernels import graphs
 
 
@@ -103,6 +104,8 @@ class NetworkTraining(Training):
             overrides=deepspeed_overrides,
             safety=safety,
             start=start,
+            teacher=teacher_of(config, process.device),
+            teacher_weight=config.teacher_weight,
         )
 
     def new_network(self) -> nn.Module:

@@ -32,6 +32,7 @@ from bsnas.engine.space.space import Space
 from bsnas.engine.training.distillation import distillation
 from bsnas.engine.training.loop import LossOf, Numbers, Part, Step, Training, Weights
 from bsnas.engine.training.step_scores import score_thirds
+from bsnas.engine.training.teacher import teacher_of
 from bsnas.kernels import graphs
 
 PROBE_SUBNETS = 20
@@ -82,6 +83,8 @@ class SupernetTraining(Training):
             fingerprint=data.fingerprint,
             overrides=deepspeed_overrides,
             safety=safety,
+            teacher=teacher_of(config, process.device),
+            teacher_weight=config.teacher_weight,
         )
 
     @property

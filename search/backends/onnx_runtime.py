@@ -12,7 +12,8 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from bsnas.engine.release.onnx import Precision, first_line
+from bsnas.engine.host.errors import first_line
+from bsnas.engine.release.onnx import Precision
 from bsnas.search.backends.base import CannotRun, Hardware, Model, cpu_with_threads, require_cuda
 
 _UNCOUNTED = 3

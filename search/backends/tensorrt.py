@@ -19,7 +19,8 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from bsnas.engine.host.atomic import write_atomically
-from bsnas.engine.release.onnx import Precision, first_line
+from bsnas.engine.host.errors import first_line
+from bsnas.engine.release.onnx import Precision
 from bsnas.search.backends.base import CannotRun, Hardware, Model, require_cuda
 
 TIMING_CACHES = Path("~/.cache/bsnas/tensorrt").expanduser()

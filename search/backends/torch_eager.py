@@ -7,9 +7,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from bsnas.engine.host.errors import first_line
 from bsnas.engine.host.precision import exact_float32
 from bsnas.engine.networks.fold_batchnorm import fold_batchnorm
-from bsnas.engine.release.onnx import DTYPES, Precision, first_line
+from bsnas.engine.release.onnx import DTYPES, Precision
 from bsnas.search.backends.base import CannotRun, Hardware, Model, cpu_with_threads, require_cuda
 
 
