@@ -34,9 +34,10 @@ from bsnas.benchmarks.parts.loading.photographs import write_photographs
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.engine.config import RunConfig, SafetyConfig
 from bsnas.engine.data.dataset import open_dataset
+from bsnas.engine.host.deepspeed_settings import load_deepspeed_settings
 from bsnas.engine.host.distributed import Process, start_process
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.host.script import load_deepspeed_overrides, parse, run, write_figures
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.presets import preset
 from bsnas.engine.runs.commands import hardware
 from bsnas.engine.runs.rundir import RunDir
@@ -82,7 +83,7 @@ class ThroughputArguments:
 
 def main() -> None:
     arguments = parse(ThroughputArguments, __doc__, sys.argv[1:])
-    overrides = load_deepspeed_overrides(arguments.deepspeed_config)
+    overrides = load_deepspeed_settings(arguments.deepspeed_config)
     process = start_process()
     with tempfile.TemporaryDirectory() as place:
         trainer = make_trainer(configuration(arguments), Path(place), process, overrides)

@@ -28,9 +28,10 @@ import torch
 from bsnas.engine.config import RetrainConfig, RunConfig, SafetyConfig
 from bsnas.engine.data.loading.evaluation_set import evaluation_set
 from bsnas.engine.evaluation.trained_run import TrainedRun
+from bsnas.engine.host.deepspeed_settings import load_deepspeed_settings
 from bsnas.engine.host.distributed import Process, entered_by_main, on_main, start_process
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.host.script import force_kernels, load_deepspeed_overrides, parse, run, write_figures
+from bsnas.engine.host.script import force_kernels, parse, run, write_figures
 from bsnas.engine.networks.subnet import Subnet, release
 from bsnas.engine.release.saved_network import load_network, save_network
 from bsnas.engine.runs.commands import recorded
@@ -72,7 +73,7 @@ class RetrainArguments:
 
 def main() -> None:
     arguments = parse(RetrainArguments, __doc__, sys.argv[1:])
-    overrides = load_deepspeed_overrides(arguments.deepspeed_config)
+    overrides = load_deepspeed_settings(arguments.deepspeed_config)
     process = start_process(arguments.safety.timeout_minutes)
     force_kernels(arguments.kernels, process.device)
     run_dir = RunDir.open(arguments.run)

@@ -25,8 +25,9 @@ import tyro
 
 from bsnas.engine.config import RunConfig, SafetyConfig
 from bsnas.engine.data.dataset import open_dataset
+from bsnas.engine.host.deepspeed_settings import load_deepspeed_settings
 from bsnas.engine.host.distributed import entered_by_main, on_main, start_process
-from bsnas.engine.host.script import force_kernels, load_deepspeed_overrides, option, parse, run, write_figures
+from bsnas.engine.host.script import force_kernels, option, parse, run, write_figures
 from bsnas.engine.presets import at_channels, at_resolution, preset, with_space
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir
@@ -68,7 +69,7 @@ def main() -> None:
     if arguments.show is not None:
         show_augmented(arguments.config, arguments.show)
         return
-    overrides = load_deepspeed_overrides(arguments.deepspeed_config)
+    overrides = load_deepspeed_settings(arguments.deepspeed_config)
     path = arguments.run or Path("runs") / arguments.config.preset
     process = start_process(arguments.safety.timeout_minutes)
     force_kernels(arguments.kernels, process.device)

@@ -72,21 +72,6 @@ def option(argv: Sequence[str], name: str) -> str | None:
     return None
 
 
-def load_deepspeed_overrides(file: Path | None) -> dict[str, Any]:
-    """A user's DeepSpeed JSON. Raises `UserError` when it is no JSON object."""
-    if file is None:
-        return {}
-    try:
-        overrides = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"DeepSpeed configuration {file} cannot be read: {error}; give a JSON file") from None
-    if not isinstance(overrides, dict):
-        raise UserError(
-            f'DeepSpeed configuration {file} holds no JSON object; give a file like {{"comms_logger": {{}}}}'
-        )
-    return overrides
-
-
 def write_figures(file: Path | None, figures: dict[str, Any]) -> None:
     """Write a script's figures to the file of --json. Raises `UserError` when it cannot be written."""
     if file is None:

@@ -14,8 +14,8 @@ from bsnas.engine.checkpoints.keep import newest_checkpoint
 from bsnas.engine.checkpoints.manifest import write_manifest
 from bsnas.engine.config import SamplingConfig
 from bsnas.engine.host import preemption
+from bsnas.engine.host.deepspeed_settings import check_deepspeed_settings
 from bsnas.engine.host.distributed import Process
-from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.preemption import Preempted
 from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.cost import CostModel
@@ -281,16 +281,28 @@ def test_operations_never_sampled_keep_their_weights(
     )
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"zero_optimization": {"stage": 1}}, "ZeRO stage 1 in the DeepSpeed configuration; allowed is 0"),
-        ({"gradient_accumulation_steps": 4}, "gradient accumulation in the DeepSpeed configuration"),
-    ],
+WORKING = (
+    {"gradient_clipping": 0.5},
+    {"comms_logger": {"enabled": True}, "wall_clock_breakdown": True, "memory_breakdown": True, "steps_per_print": 1},
+    {"dump_state": True, "timers": {"throughput": {"enabled": True}}, "zero_optimization": {"stage": 0}},
+    {"communication_data_type": "fp32", "prescale_gradients": True, "gradient_predivide_factor": 1.0},
+    {"flops_profiler": {"enabled": True, "profile_step": 2, "output_file": "profile.txt"}},
 )
-def test_a_deepspeed_configuration_that_breaks_training_is_refused(
-    alone: Process, cache: Path, tmp_path: Path, overrides: dict[str, object], message: str
+
+
+@pytest.mark.parametrize("settings", WORKING, ids=lambda settings: next(iter(settings)))
+def test_deepspeeds_keys_that_are_taken_work(
+    alone: Process, cache: Path, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_deepspeed_settings(settings, "test")
     config = tiny_config(cache)
-    with pytest.raises(UserError, match=message):
-        make_trainer(RunDir.create(tmp_path / "run", config), config, alone, overrides)
+    trainer = make_trainer(RunDir.create(tmp_path / "run", config), config, alone, settings)
+    plain = make_trainer(RunDir.create(tmp_path / "plain", config), config, alone)
+    for one in (trainer, plain):
+        one.network.train()
+        one.make_steps(one.round(one.batches()))
+    same = all(map(torch.equal, trainer.network.parameters(), plain.network.parameters()))
+    assert same == ("gradient_clipping" not in settings)
+    if "flops_profiler" in settings:
+        assert "profile" in (tmp_path / "profile.txt").read_text().lower()
