@@ -20,7 +20,7 @@ if find_spec("bsnas") is None:
     print("error: bsnas is not installed in this Python; run `make env`, then use .venv/bin/python", file=sys.stderr)
     sys.exit(2)
 
-from bsnas.engine.data.checking.quarantine import describe
+from bsnas.engine.data.checking.quarantine import describe, describe_left_out
 from bsnas.engine.data.picture_sheet import class_sheet
 from bsnas.engine.data.preparing.formats.open_source import SourceFormat, open_source
 from bsnas.engine.data.preparing.preparation import QUARANTINE, Preparation, Prepared, prepare, summary
@@ -138,6 +138,8 @@ def tell(prepared: Prepared, figures: dict[str, Any], preparation: Preparation) 
     if prepared.set_aside:
         total = sum(images.values()) + len(prepared.set_aside)
         lines.append(f"{describe(prepared.set_aside, total, 'the source')}; listed in {prepared.output / QUARANTINE}")
+    if prepared.left_out:
+        lines.append(describe_left_out(prepared.left_out, "the source"))
     lines.append(
         f"look at {prepared.output / SHEET}; train with --data.source folder --data.path {prepared.output} "
         f"--data.val-per-class {preparation.val_per_class}"

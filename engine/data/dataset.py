@@ -16,7 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from bsnas.engine.data.builtin import Source, prepare_source
-from bsnas.engine.data.file_list import FileList, find_classes, list_images, require_every_class
+from bsnas.engine.data.file_list import (
+    FileList,
+    find_classes,
+    list_images,
+    require_every_class,
+    require_test_images,
+    require_two_classes,
+)
 from bsnas.engine.data.folder_index import index_folder
 from bsnas.engine.data.index import DataIndex, is_prepared, read_index
 from bsnas.engine.data.split import default_file, is_count_or_share, load_or_create_split
@@ -175,8 +182,7 @@ class Dataset:
     def open_test(self) -> FileList:
         """List val/, the test set. Only the final test of a retrained network calls this."""
         files = open_part(self.config, self.root, self.classes, self.index, "val")
-        if not len(files):
-            raise UserError(f"{self.root} holds no test images; put some into val/CLASS/")
+        _require_test_images(files, self.root)
         return files
 
 
@@ -193,6 +199,11 @@ def open_dataset(config: DataConfig, split_file: Path | None = None) -> Dataset:
     classes = index.classes if index else find_classes(root)
     everything = open_part(config, root, classes, index, "train")
     require_every_class(root / "train", classes, everything.labels.tolist())
+    if index:
+        require_two_classes(classes, root)
+        _require_test_images(index.part("val"), root)
+    else:
+        require_test_images(root / "val", classes)  # what retraining needs at its end
     per_class, seed = config.val_per_class, config.split_seed
     where = split_file or default_file(config.cache, root, per_class, seed)
     made = root / index.split["file"] if index and index.split.get("seed") == seed else None
@@ -207,6 +218,11 @@ def open_dataset(config: DataConfig, split_file: Path | None = None) -> Dataset:
         config=config,
         index=index,
     )
+
+
+def _require_test_images(files: FileList, root: Path) -> None:
+    if not len(files):
+        raise UserError(f"{root} holds no test images; put some into val/CLASS/")
 
 
 def open_part(config: DataConfig, root: Path, classes: tuple[str, ...], index: DataIndex | None, part: str) -> FileList:

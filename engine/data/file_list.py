@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,21 @@ import numpy.typing as npt
 from bsnas.engine.data.checking.outcomes import ImageFacts
 from bsnas.engine.host.errors import UserError
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pnm", ".webp", ".tif", ".tiff", ".jp2"))
+JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
+IMAGE_SUFFIXES = frozenset(
+    (*JPEG_SUFFIXES, ".mpo", ".png", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".webp", ".tif", ".tiff", ".jp2",
+     ".j2k", ".jpx")
+)  # fmt: skip
+OTHER_IMAGE_SUFFIXES = frozenset(
+    (".gif", ".apng", ".heic", ".heif", ".avif", ".jxl", ".jxr", ".ico", ".icns", ".tga", ".psd", ".svg", ".eps",
+     ".exr", ".hdr", ".dds", ".pcx", ".sgi", ".xbm", ".xpm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
+     ".raf", ".dcm", ".fits")
+)  # fmt: skip
+"""Of images that the decoders here do not read."""
+CLUTTER = frozenset(("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"))
+"""Directories that systems put beside a user's files."""
+HIDDEN = "hidden or of the system"
+"""Why a file is left out whose name begins with a dot, or that lies in `CLUTTER`."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -119,8 +134,25 @@ class Listing:
     """Sorted by label and name."""
     problems: list[tuple[str, str]] = field(default_factory=list)
     """Names that cannot be followed or read, each with the reason."""
-    others: dict[str, int] = field(default_factory=dict)
-    """How many files have suffixes that are none of an image."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """How many files are no image, by the rule that says so."""
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a path, or a directory on it, is hidden or a system's own: every reader of a source leaves it out."""
+    return any(part in CLUTTER or (part.startswith(".") and part not in (".", "..")) for part in path.split("/"))
+
+
+def unread_image(suffix: str) -> str | None:
+    """The reason to set a file aside whose suffix, with its dot, is of an image that is not read; else None."""
+    if suffix.lower() not in OTHER_IMAGE_SUFFIXES:
+        return None
+    return f"is a {suffix[1:].upper()} file by its name, which the decoder does not read; convert it to JPEG or PNG"
+
+
+def left_out(suffix: str) -> str:
+    """The rule by which a file is left out whose suffix is of no image."""
+    return f"named {suffix}" if suffix else "without a suffix"
 
 
 def find_classes(root: Path) -> tuple[str, ...]:
@@ -131,6 +163,7 @@ def find_classes(root: Path) -> tuple[str, ...]:
     names = {part: _directories(root / part) for part in ("train", "val")}
     if not names["train"]:
         raise UserError(f"{root / 'train'} holds no class directories; it must be train/CLASS/IMAGE")
+    require_two_classes(names["train"], root / "train")
     unknown = sorted(set(names["val"]) - set(names["train"]))
     if unknown:
         raise UserError(
@@ -138,6 +171,30 @@ def find_classes(root: Path) -> tuple[str, ...]:
             "add its training images or remove it from val/"
         )
     return tuple(names["train"])
+
+
+def require_two_classes(classes: Sequence[str], where: Path) -> None:
+    """Raises UserError for a single class, which every network tells from nothing."""
+    if len(classes) < 2:
+        raise UserError(
+            f"{where} holds one class, {', '.join(classes)}, and a classifier needs two; put the images into a "
+            "directory per class, CLASS/IMAGE"
+        )
+
+
+def require_test_images(directory: Path, classes: Sequence[str]) -> None:
+    """Raises UserError when no class directory of val/ holds a file with the name of an image. Looks for the first."""
+    for name in classes:
+        for _, directories, files in os.walk(directory / name):
+            directories[:] = [inside for inside in directories if not is_hidden(inside)]
+            if any(os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not is_hidden(file) for file in files):
+                return
+    flat = sum(os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES for entry in os.scandir(directory))
+    cause = f" ({flat} lie in it without a class, as ImageNet's archive unpacks them)" if flat else ""
+    raise UserError(
+        f"{directory} holds no test images in class directories{cause}; sort them into val/CLASS/, or let "
+        "engine/prepare.py choose some with --val-share"
+    )
 
 
 def list_images(directory: Path, classes: Sequence[str]) -> Listing:
@@ -170,7 +227,7 @@ def require_every_class(directory: Path, classes: Sequence[str], labels: Sequenc
 
 def _directories(path: Path) -> list[str]:
     with os.scandir(path) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
 
 
 def _walk(
@@ -190,7 +247,9 @@ def _walk(
         inside = (*above, (status.st_dev, status.st_ino))
         with os.scandir(directory) as entries:
             for entry in entries:
-                if not entry.name.startswith("."):
+                if is_hidden(entry.name):
+                    listing.left_out[HIDDEN] += 1
+                else:
                     _add(entry, f"{prefix}/{entry.name}", label, found, listing, inside)
     except OSError as error:
         if len(above) == 1:  # a whole class
@@ -213,7 +272,9 @@ def _add(
         elif suffix in IMAGE_SUFFIXES:
             status = entry.stat()
             found.append(FoundFile(name=name, label=label, size=status.st_size, mtime=status.st_mtime_ns))
+        elif reason := unread_image(suffix):
+            listing.problems.append((name, reason))
         else:
-            listing.others[suffix] = listing.others.get(suffix, 0) + 1
+            listing.left_out[left_out(suffix)] += 1
     except OSError as error:
         listing.problems.append((name, f"cannot be read ({error.strerror})"))

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from bsnas.engine.data.checking.outcomes import Fault, ImageFacts, KnownOutcomes, Outcome, stamp_of
-from bsnas.engine.data.checking.quarantine import describe, refuse_too_many, write_quarantine
+from bsnas.engine.data.checking.quarantine import describe, describe_left_out, refuse_too_many, write_quarantine
 from bsnas.engine.data.contents import read_file
 from bsnas.engine.data.file_list import FileList, FoundFile, Listing
 from bsnas.engine.host.atomic import locked
@@ -38,6 +38,8 @@ def index_folder(
     refuse_too_many(set_aside, total, max_broken, str(directory), listed)
     if set_aside and fresh:
         print(f"{describe(set_aside, total, str(directory))}; they are set aside and listed in {listed}")
+    if listing.left_out and fresh:
+        print(describe_left_out(listing.left_out, str(directory)))
     return to_file_list(directory, listing.files, outcomes)
 
 

@@ -1,6 +1,6 @@
 """Images that are set aside: listed by name with the reason, and too many of them refused."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bsnas.engine.host.atomic import write_atomically
@@ -31,6 +31,12 @@ def describe(entries: Sequence[Entry], total: int, place: str) -> str:
     more = f"; and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
     share = len(entries) / max(total, 1)
     return f"{len(entries)} of {total} images in {place} cannot be used ({share:.2%}): {first}{more}"
+
+
+def describe_left_out(counts: Mapping[str, int], place: str) -> str:
+    """How many files were no image by which rule, the most frequent first."""
+    shown = ", ".join(f"{count} {rule}" for rule, count in sorted(counts.items(), key=lambda rule: (-rule[1], rule[0])))
+    return f"{sum(counts.values())} files in {place} are no images and left out: {shown}"
 
 
 def refuse_too_many(entries: Sequence[Entry], total: int, max_broken: float, place: str, listed: Path) -> None:

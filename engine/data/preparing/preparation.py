@@ -8,7 +8,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import numpy as np
 from bsnas.engine.data.checking.image_check import Checked, ImageChecker
 from bsnas.engine.data.checking.outcomes import Fault, ImageFacts, KnownOutcomes, Outcome
 from bsnas.engine.data.checking.quarantine import Entry, refuse_too_many, write_quarantine
-from bsnas.engine.data.file_list import FileList
+from bsnas.engine.data.file_list import FileList, require_two_classes
 from bsnas.engine.data.index import PARTS, write_index
-from bsnas.engine.data.preparing.formats.sample import EVERYTHING, Problem, Reader, Sample
+from bsnas.engine.data.preparing.formats.sample import EVERYTHING, LeftOut, Problem, Reader, Sample, UniqueNames
 from bsnas.engine.data.preparing.shard_writer import write_shards
 from bsnas.engine.data.preparing.stored_images import Resizing, stored_name, write_image
 from bsnas.engine.data.split import count_of, default_name, hash_rank, load_or_create_split
@@ -72,6 +72,9 @@ class Found:
     kept: list[Kept] = field(default_factory=list)
     set_aside: list[Entry] = field(default_factory=list)
     total: int = 0
+    """Images, those set aside among them: kept and set aside add up to it."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Files that are no images, by rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,8 @@ class Prepared:
     search_val: np.ndarray
     """Positions of the search-validation images in the training part."""
     set_aside: list[Entry]
+    left_out: dict[str, int]
+    """Files that are no images, by rule."""
     kinds: dict[str, int]
     """Images per file format."""
 
@@ -94,14 +99,17 @@ def prepare(reader: Reader, preparation: Preparation) -> Prepared:
     _refuse_foreign(output)
     with locked(output / WORK / "lock"):
         found = check_samples(reader, preparation)
+        _refuse_lost_test_images(found.set_aside, found.kept, output / QUARANTINE)
         kept, missing = _without_unknown_classes(_with_parts(found.kept, preparation))
         found.set_aside.extend(missing)
         found.set_aside.sort()
+        _refuse_lost_test_images(found.set_aside, kept, output / QUARANTINE)
         write_quarantine(output / QUARANTINE, found.set_aside)
         refuse_too_many(found.set_aside, found.total, preparation.max_broken, "the source", output / QUARANTINE)
         classes = tuple(sorted({image.class_name for image in kept if image.part == "train"}))
         if not classes:
             raise UserError(f"the source holds no training images; {found.total} were found in all")
+        require_two_classes(classes, Path("the source"))
         parts = {part: _file_list(output, [image for image in kept if image.part == part], classes) for part in PARTS}
         where = output / default_name(preparation.val_per_class, preparation.split_seed)
         where.unlink(missing_ok=True)
@@ -124,8 +132,20 @@ def prepare(reader: Reader, preparation: Preparation) -> Prepared:
         parts=parts,
         search_val=split.indices,
         set_aside=found.set_aside,
+        left_out=dict(found.left_out),
         kinds=dict(Counter(image.facts.kind for image in kept).most_common()),
     )
+
+
+def _refuse_lost_test_images(set_aside: Sequence[Entry], kept: Sequence[Kept], listed: Path) -> None:
+    """Raises UserError where the source names test images and none of them can be used."""
+    lost = [name for name, _ in set_aside if name.startswith("val/")]
+    if lost and not any(image.part == "val" for image in kept):
+        write_quarantine(listed, set_aside)
+        raise UserError(
+            f"all {len(lost)} test images of the source are set aside, the first is {lost[0]}; mend them, the reasons "
+            f"are in {listed}"
+        )
 
 
 # ---- every image once
@@ -134,7 +154,7 @@ def prepare(reader: Reader, preparation: Preparation) -> Prepared:
 def check_samples(reader: Reader, preparation: Preparation) -> Found:
     """Check, and store where needed, every sample that is not known yet."""
     found, described = Found(), _settings(preparation)
-    seen: set[str] = set()
+    unique = UniqueNames(lambda part, name: stored_name(part, name, preparation.resizing))
     storing: deque[tuple[Sample, Future[Outcome]]] = deque()
     with (
         KnownOutcomes(preparation.output / WORK / "checked.tsv") as known,
@@ -162,14 +182,15 @@ def check_samples(reader: Reader, preparation: Preparation) -> Found:
                 known.add(sample.full_name, f"{sample.stamp}:{described}", stored.result())
                 note(sample, stored.result())
 
-        for sample in reader.samples():
+        for item in reader.samples():
+            if isinstance(item, LeftOut):
+                found.left_out[item.rule] += item.count
+                continue
             found.total += 1
-            if isinstance(sample, Problem):
-                found.set_aside.append((sample.name, sample.reason))
-            elif sample.full_name in seen:
-                found.set_aside.append((sample.full_name, "is in the source twice"))
+            if isinstance(item, Problem):
+                found.set_aside.append((item.name, item.reason))
             else:
-                seen.add(sample.full_name)
+                sample = replace(item, name=unique.of(item.part, item.name))
                 outcome = known.find(sample.full_name, f"{sample.stamp}:{described}")
                 if outcome is None or not _is_there(sample, outcome, preparation):
                     store(checker.add(sample, sample.load), 8 * preparation.threads)
@@ -182,7 +203,8 @@ def check_samples(reader: Reader, preparation: Preparation) -> Found:
 def _stored_name(sample: Sample, preparation: Preparation) -> str | None:
     """Where the prepared directory keeps the image itself; None when it stays where it is."""
     resizing = preparation.resizing
-    return None if sample.file is not None and resizing is None else stored_name(sample, resizing)
+    kept_as_is = sample.file is not None and resizing is None
+    return None if kept_as_is else stored_name(sample.part, sample.name, resizing)
 
 
 def _store(sample: Sample, content: bytes, outcome: Outcome, preparation: Preparation) -> Outcome:
@@ -311,6 +333,7 @@ def summary(prepared: Prepared) -> dict[str, Any]:
         },
         "same_content_within_train": int(sum(n - 1 for n in digests["train"].values())),
         "test_images_also_in_train": int(sum(n for d, n in digests["val"].items() if d in digests["train"])),
+        "left_out": prepared.left_out,
         "set_aside": len(prepared.set_aside),
         "set_aside_by_reason": dict(Counter(_kind_of(reason) for _, reason in prepared.set_aside).most_common()),
     }

@@ -1,5 +1,6 @@
 """Images that a prepared data set keeps itself: taken out of archives, or resized copies."""
 
+import hashlib
 import io
 import os
 from dataclasses import dataclass, replace
@@ -10,12 +11,13 @@ from PIL import Image, ImageOps
 
 from bsnas.engine.data.checking.image_check import read_header
 from bsnas.engine.data.checking.outcomes import Fault, ImageFacts, Outcome
-from bsnas.engine.data.preparing.formats.sample import Sample
+from bsnas.engine.data.file_list import JPEG_SUFFIXES
 from bsnas.engine.host.atomic import write_atomically
 from bsnas.engine.host.errors import UserError
 
-JPEG_SUFFIXES = (".jpg", ".jpeg")
 IMAGES = "images"
+LONGEST = 200
+"""Bytes of a file's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +43,17 @@ class Resizing:
         return f"{self.shorter}q{self.quality}c{self.channels}"
 
 
-def stored_name(sample: Sample, resizing: Resizing | None) -> str:
-    """Where a kept image lies, relative to the prepared directory."""
-    suffix = os.path.splitext(sample.name)[1].lower()
-    name = sample.name if resizing is None or suffix in JPEG_SUFFIXES else f"{sample.name}.jpg"
-    return f"{IMAGES}/{name}" if sample.part == "all" else f"{IMAGES}/{sample.part}/{name}"
+def stored_name(part: str, name: str, resizing: Resizing | None) -> str:
+    """Where a kept image CLASS/NAME lies, relative to the prepared directory."""
+    directory, base = os.path.split(name)
+    suffix = os.path.splitext(base)[1].lower()
+    if resizing is not None and suffix not in JPEG_SUFFIXES:
+        base = f"{base}.jpg"
+    if len(os.fsencode(base)) > LONGEST:  # a temporary file has some characters more, and 255 bytes are the most
+        digest = hashlib.sha256(os.fsencode(base)).hexdigest()[:12]
+        stem, suffix = os.path.splitext(base)
+        base = f"{os.fsencode(stem)[: LONGEST - 40].decode(errors='ignore')}~{digest}{suffix[:20]}"
+    return "/".join(filter(None, (IMAGES, part if part != "all" else "", directory, base)))
 
 
 def write_image(content: bytes, facts: ImageFacts, target: Path, resizing: Resizing | None, max_pixels: int) -> Outcome:

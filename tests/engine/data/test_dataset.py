@@ -133,14 +133,46 @@ def test_a_recorded_split_stays_when_the_choice_would_differ(folder, tmp_path):
     assert set(open_dataset(config).search_val.names) == set(swapped)
 
 
-def test_test_files_are_listed_only_on_request(folder, tmp_path):
-    """val/ may be unreadable junk as long as nobody asks for the test set."""
+def test_test_images_are_needed_before_anything_is_trained(folder, tmp_path):
     for name in CLASSES:
         shutil.rmtree(folder / "val" / name)
     (folder / "val" / "ant").mkdir()
+    (folder / "val" / "ant" / "._00.jpg").touch()
+    message = r"val holds no test images in class directories; sort them into val/CLASS/, or let engine/prepare.py"
+    with pytest.raises(UserError, match=message):
+        open_dataset(folder_config(folder, tmp_path / "cache"))
+    for number in range(3):
+        shutil.copy(next((folder / "train").glob("*/*")), folder / "val" / f"{number}.jpg")
+    with pytest.raises(
+        UserError, match=r"\(3 lie in it without a class, as ImageNet's archive unpacks them\); sort them"
+    ):
+        open_dataset(folder_config(folder, tmp_path / "cache"))
+
+
+def test_test_files_are_read_only_on_request(folder, tmp_path):
+    """val/ may hold junk as long as nobody asks for the test set."""
+    for file in (folder / "val").glob("*/*"):
+        file.write_bytes(b"junk")
     dataset = open_dataset(folder_config(folder, tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"images holds no test images; put some into val/CLASS/"):
+    with pytest.raises(UserError, match="cannot be used"):
         dataset.open_test()
+
+
+def test_test_images_that_are_gone_at_the_end_are_told(folder, tmp_path):
+    dataset = open_dataset(folder_config(folder, tmp_path / "cache"))
+    for file in (folder / "val").glob("*/*"):
+        file.unlink()
+    with pytest.raises(UserError, match="images holds no test images; put some into val/CLASS/"):
+        dataset.open_test()
+
+
+def test_one_class_is_refused(folder, tmp_path):
+    for part in ("train", "val"):
+        for name in CLASSES[1:]:
+            shutil.rmtree(folder / part / name)
+    message = f"train holds one class, {CLASSES[0]}, and a classifier needs two; put the images into a directory per"
+    with pytest.raises(UserError, match=message):
+        open_dataset(folder_config(folder, tmp_path / "cache"))
 
 
 def test_test_set_is_val(folder, tmp_path):

@@ -66,17 +66,21 @@ def test_records_without_image_or_label(tmp_path):
     for part in ("train", "val"):
         with open(tmp_path / "source" / f"{part}.tfrecord", "wb") as handle:
             for record in (
-                *(example({"image": encoded("JPEG"), "label": b"a", "filename": f"{i}".encode()}) for i in range(3)),
+                *(
+                    example({"image": encoded("JPEG"), "label": label, "filename": f"{i}".encode()})
+                    for i in range(3)
+                    for label in (b"a", b"b")
+                ),
                 example({"label": 3}),
                 example({"image": encoded("JPEG"), "label": b" "}),
             ):
                 handle.write(struct.pack("<QI", len(record), 0) + record + b"\0\0\0\0")
     prepared = run_prepare(tmp_path / "source", tmp_path / "out", max_broken=0.5)
     assert prepared.set_aside == [
-        ("train.tfrecord:3", "has no image or no label among its fields label"),
-        ("train.tfrecord:4", "has label '', which is no class"),
-        ("val.tfrecord:3", "has no image or no label among its fields label"),
-        ("val.tfrecord:4", "has label '', which is no class"),
+        ("train.tfrecord:6", "has no image or no label among its fields label"),
+        ("train.tfrecord:7", "has label '', which is no class"),
+        ("val.tfrecord:6", "has no image or no label among its fields label"),
+        ("val.tfrecord:7", "has label '', which is no class"),
     ]
 
 

@@ -283,11 +283,12 @@ def test_images_with_one_name_in_an_archive_are_told_apart(tmp_path):
         with open(tmp_path / "source" / f"{part}.tfrecord", "wb") as handle:
             for quality in (50, 60, 70, 80):
                 content = encoded("JPEG", quality=quality)
-                record = example({"image": content, "label": b"one", "file_name": b"same.jpg"})
-                handle.write(struct.pack("<QI", len(record), 0) + record + b"\0\0\0\0")
+                for label in (b"one", b"two"):
+                    record = example({"image": content, "label": label, "file_name": b"same.jpg"})
+                    handle.write(struct.pack("<QI", len(record), 0) + record + b"\0\0\0\0")
     prepared = run_prepare(tmp_path / "source", tmp_path / "out", max_broken=0.0)
     assert prepared.parts["train"].names == tuple(
-        f"one/{name}" for name in ("same.jpg", "same~2.jpg", "same~3.jpg", "same~4.jpg")
+        f"{label}/{name}" for label in ("one", "two") for name in ("same.jpg", "same~2.jpg", "same~3.jpg", "same~4.jpg")
     )
     assert len(set(prepared.parts["train"].digests.tolist())) == 4
 

@@ -11,7 +11,10 @@ from bsnas.engine.data.contents import read_file
 from bsnas.engine.data.preparing.formats.sample import (
     EVERYTHING,
     PARTS,
+    TEST_LEFT_OUT,
     ClassNames,
+    Item,
+    LeftOut,
     Problem,
     Sample,
     sample_name,
@@ -47,7 +50,7 @@ class CsvReader:
         self._used = take_test_for_val(named)
         self.total_bytes = sum(self._size(row) for row in self._rows)
 
-    def samples(self) -> Iterator[Sample | Problem]:
+    def samples(self) -> Iterator[Item]:
         seen: dict[str, tuple[int, str]] = {}
         for number, row in enumerate(self._rows, self._first + 1):
             found = self._sample(number, row)
@@ -59,12 +62,12 @@ class CsvReader:
                     f"is listed in line {line} already"
                     + ("" if same else f", with another label: {name.split('/')[0]}"),
                 )
-            elif found is not None:
+            else:
                 if isinstance(found, Sample) and found.file is not None:
                     seen[found.file] = (number, found.name)
                 yield found
 
-    def _sample(self, number: int, row: list[str]) -> Sample | Problem | None:
+    def _sample(self, number: int, row: list[str]) -> Item:
         path_column, label_column, part_column = self._columns
         if len(row) <= max(column for column in self._columns if column is not None):
             return Problem(f"line {number}", f"has {len(row)} columns")
@@ -76,7 +79,7 @@ class CsvReader:
                     f"line {number}: {path}", f"names the part {row[part_column]!r}; give train, val or test"
                 )
             if named not in self._used:
-                return None
+                return LeftOut(TEST_LEFT_OUT)
             part = self._used[named]
         try:
             class_name = self._classes.of(row[label_column])

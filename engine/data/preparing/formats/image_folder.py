@@ -1,34 +1,49 @@
 """ImageFolder: train/CLASS/IMAGE with val/CLASS/IMAGE (or test/), or CLASS/IMAGE alone."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from bsnas.engine.data.checking.outcomes import stamp_of
 from bsnas.engine.data.contents import read_file
-from bsnas.engine.data.file_list import Listing, list_images
+from bsnas.engine.data.file_list import IMAGE_SUFFIXES, Listing, is_hidden, list_images
 from bsnas.engine.data.preparing.formats.sample import (
     EVERYTHING,
     PARTS,
+    TEST_LEFT_OUT,
+    Item,
+    LeftOut,
     Problem,
     Sample,
-    part_of,
     safe,
     take_test_for_val,
 )
 from bsnas.engine.host.errors import UserError
 
+Layout = Literal["folder", "parts", "classes"]
+
 
 class ImageFolderReader:
     """Images by directory: the first level is the class, deeper ones are part of the name."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises UserError for a directory without class directories."""
-        parts = {
-            part: folder for folder in _folders(directory) if (part := part_of(folder)) and folder.lower() in PARTS
-        }
+    def __init__(self, directory: Path, layout: Layout = "folder") -> None:
+        """`layout`: whether there are parts above the classes; `folder` looks.
+
+        Raises UserError for a directory without class directories, or where both can be meant.
+        """
+        parts = {part: folder for folder in _folders(directory) if (part := PARTS.get(folder.lower()))}
+        if layout == "parts" and not parts:
+            raise UserError(
+                f"{directory} holds none of {', '.join(PARTS)}; give --format classes for CLASS/IMAGE alone"
+            )
+        if layout == "classes" or (layout == "folder" and not _are_parts(directory, parts.values())):
+            parts = {}
         used = take_test_for_val(set(parts))
+        self._left_out = [
+            LeftOut(TEST_LEFT_OUT, _count_images(directory / parts[part])) for part in parts if part not in used
+        ]
         folders = {used[part]: directory / parts[part] for part in used} or {EVERYTHING: directory}
         self._listings: list[tuple[str, Path, Listing]] = []
         for part, folder in sorted(folders.items()):
@@ -38,9 +53,11 @@ class ImageFolderReader:
             self._listings.append((part, folder, list_images(folder, classes)))
         self.total_bytes = sum(file.size for _, _, listing in self._listings for file in listing.files)
 
-    def samples(self) -> Iterator[Sample | Problem]:
+    def samples(self) -> Iterator[Item]:
+        yield from self._left_out
         for part, folder, listing in self._listings:
             yield from (Problem(f"{part}/{name}", reason) for name, reason in listing.problems)
+            yield from (LeftOut(rule, count) for rule, count in listing.left_out.items())
             for file in listing.files:
                 path = os.path.join(folder, file.name)
                 yield Sample(
@@ -52,9 +69,36 @@ class ImageFolderReader:
                 )
 
 
+def _are_parts(directory: Path, named: Iterable[str]) -> bool:
+    """Whether directories with names of parts hold classes, and are no classes themselves, as COCO's train.
+
+    Raises UserError where both can be meant: such a directory holds directories, and others beside it hold images.
+    """
+    holders = [name for name in named if _folders(directory / name)]
+    beside = [name for name in _folders(directory) if name.lower() not in PARTS and _count_images(directory / name, 1)]
+    if holders and beside:
+        raise UserError(
+            f"{directory} can be read in two ways: {', '.join(holders)} as parts of a data set, without "
+            f"{', '.join(beside[:3])}; or each of its directories as a class; say which with --format parts or "
+            "--format classes"
+        )
+    return bool(holders) or not (beside or any(_count_images(directory / name, 1) for name in named))
+
+
+def _count_images(directory: Path, most: int | None = None) -> int:
+    """How many files below a directory have the names of images; no further than `most`."""
+    found = 0
+    for _, directories, files in os.walk(directory):
+        directories[:] = [name for name in directories if not is_hidden(name)]
+        found += sum(os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES for name in files if not is_hidden(name))
+        if most is not None and found >= most:
+            break
+    return found
+
+
 def _folders(directory: Path) -> list[str]:
     try:
         with os.scandir(directory) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
     except OSError as error:
         raise UserError(f"cannot read {directory}: {error.strerror}; mend or remove it") from None

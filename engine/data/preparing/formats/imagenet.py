@@ -8,8 +8,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO
 
+from bsnas.engine.data.file_list import HIDDEN, is_hidden
 from bsnas.engine.data.preparing.formats.archives import range_reader, regular_members, stamp_of_archive
-from bsnas.engine.data.preparing.formats.sample import Problem, Sample, sample_name
+from bsnas.engine.data.preparing.formats.sample import Item, LeftOut, Problem, Sample, sample_name
 from bsnas.engine.host.errors import UserError
 
 TRAIN = "ILSVRC2012_img_train.tar"
@@ -36,25 +37,34 @@ class ImageNetReader:
         self._labels = _val_synsets(directory, val_labels)
         self.total_bytes = self._train.stat().st_size + self._val.stat().st_size
 
-    def samples(self) -> Iterator[Sample | Problem]:
+    def samples(self) -> Iterator[Item]:
         yield from self._train_samples()
         yield from self._val_samples()
 
-    def _train_samples(self) -> Iterator[Sample | Problem]:
+    def _train_samples(self) -> Iterator[Item]:
         with open(self._train, "rb") as archive:
             for outer, fault in regular_members(self._train, max_bytes=MAX_CLASS_BYTES):
                 name = Path(outer.name).name
+                if is_hidden(outer.name):
+                    yield LeftOut(HIDDEN)
+                    continue
                 match = re.fullmatch(r"(n\d{8})\.tar", name)
                 if fault or not match:
                     yield Problem(f"{TRAIN}/{name}", fault or "is not named nXXXXXXXX.tar, as the classes are")
                     continue
                 inside = _Window(archive, outer.offset_data, outer.size)
                 for member, fault in regular_members(self._train, handle=inside):  # type: ignore[arg-type]
+                    if is_hidden(member.name):
+                        yield LeftOut(HIDDEN)
+                        continue
                     start = outer.offset_data + member.offset_data
                     yield _sample(self._train, "train", match[1], member, fault, start)
 
-    def _val_samples(self) -> Iterator[Sample | Problem]:
+    def _val_samples(self) -> Iterator[Item]:
         for member, fault in regular_members(self._val):
+            if is_hidden(member.name):
+                yield LeftOut(HIDDEN)
+                continue
             match = VAL_NAME.search(member.name)
             synset = self._labels.get(int(match[1])) if match else None
             if synset is None:

@@ -13,7 +13,7 @@ from bsnas.engine.data.preparing.formats.tfrecord import TFRecordReader, is_tfre
 from bsnas.engine.data.preparing.formats.webdataset import WebDatasetReader
 from bsnas.engine.host.errors import UserError
 
-SourceFormat = Literal["auto", "folder", "imagenet", "csv", "webdataset", "tfrecord", "parquet"]
+SourceFormat = Literal["auto", "folder", "parts", "classes", "imagenet", "csv", "webdataset", "tfrecord", "parquet"]
 
 LOOKED_AT = 10_000
 """Files that are looked at to recognise a source."""
@@ -27,7 +27,7 @@ def open_source(source: Path, kind: SourceFormat, *, class_file: Path | None, va
         kind = _recognise(source)
     classes = None
     if class_file is not None:
-        if kind in ("folder", "imagenet"):
+        if kind in ("folder", "parts", "classes", "imagenet"):
             raise UserError(f"classes {class_file} goes with labels that are numbers, not with {kind}; leave it out")
         try:
             classes = read_class_names(class_file.read_text(), str(class_file))
@@ -46,6 +46,8 @@ def open_source(source: Path, kind: SourceFormat, *, class_file: Path | None, va
             return TFRecordReader(source, classes)
         case "parquet":
             return ParquetReader(source, classes)
+        case "parts" | "classes":
+            return ImageFolderReader(source, kind)
     return ImageFolderReader(source)
 
 

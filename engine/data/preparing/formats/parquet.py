@@ -9,9 +9,9 @@ from typing import Any
 from bsnas.engine.data.preparing.formats.archives import stamp_of_archive
 from bsnas.engine.data.preparing.formats.sample import (
     ClassNames,
+    Item,
     Problem,
     Sample,
-    UniqueNames,
     files_and_parts,
     sample_name,
 )
@@ -31,15 +31,15 @@ class ParquetReader:
         files = list(directory.rglob("*.parquet"))
         if not files:
             raise UserError(f"{directory} holds no .parquet files; give the directory of the data set's files")
-        self._files = files_and_parts(directory, files)
+        self._files, self._left_out = files_and_parts(directory, files)
         self.total_bytes = sum(path.stat().st_size for path, _ in self._files)
 
-    def samples(self) -> Iterator[Sample | Problem]:
-        unique = UniqueNames()
+    def samples(self) -> Iterator[Item]:
+        yield from self._left_out
         for file, part in self._files:
-            yield from self._file(file, part, unique)
+            yield from self._file(file, part)
 
-    def _file(self, file: Path, part: str, unique: UniqueNames) -> Iterator[Sample | Problem]:
+    def _file(self, file: Path, part: str) -> Iterator[Sample | Problem]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -50,15 +50,13 @@ class ParquetReader:
                 number = 0
                 for batch in opened.iter_batches(ROWS, columns=[image, label]):
                     for row in batch.to_pylist():
-                        yield _sample(file, part, number, row[image], row[label], classes, unique)
+                        yield _sample(file, part, number, row[image], row[label], classes)
                         number += 1
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file} cannot be read as Parquet: {str(error).splitlines()[0]}; bring it back") from None
 
 
-def _sample(
-    file: Path, part: str, number: int, image: Any, label: Any, classes: ClassNames, unique: UniqueNames
-) -> Sample | Problem:
+def _sample(file: Path, part: str, number: int, image: Any, label: Any, classes: ClassNames) -> Sample | Problem:
     where = f"{file.name}:{number}"
     content = image.get("bytes") if isinstance(image, dict) else image
     path = (image.get("path") if isinstance(image, dict) else None) or f"{file.stem}-{number:07}"
@@ -70,7 +68,7 @@ def _sample(
         return Problem(where, str(error.args[0]))
     return Sample(
         part=part,
-        name=unique.of(part, sample_name(path, class_name)),
+        name=sample_name(path, class_name),
         load=partial(bytes, content),
         stamp=stamp_of_archive(file, len(content)),
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from bsnas.engine.data.file_list import HIDDEN, is_hidden
 from bsnas.engine.host.errors import UserError
 
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -43,29 +44,45 @@ class Problem:
     reason: str
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Files of a source that are no images, by a stated rule."""
+
+    rule: str
+    """As `named .txt`."""
+    count: int = 1
+
+
+Item = Sample | Problem | LeftOut
+
+
 class Reader(Protocol):
     """A source of samples."""
 
     total_bytes: int
     """Size of what `samples` reads, for the progress bar."""
 
-    def samples(self) -> Iterator[Sample | Problem]:
-        """All samples in an order that is the same at every call."""
+    def samples(self) -> Iterator[Item]:
+        """All that it holds, in an order that is the same at every call: each once, as one of the three."""
         ...
 
 
 class UniqueNames:
-    """Tells apart the images of an archive that have the same name: the second becomes NAME~2."""
+    """Tells apart images that have the same name: the second becomes NAME~2."""
 
-    def __init__(self) -> None:
-        self._seen: dict[tuple[str, str], int] = {}
+    def __init__(self, output: Callable[[str, str], str] = lambda part, name: f"{part}/{name}") -> None:
+        """`output`: what of a part and a name must differ."""
+        self._output = output
+        self._taken: set[str] = set()
+        self._counts: dict[tuple[str, str], int] = {}
 
     def of(self, part: str, name: str) -> str:
-        count = self._seen[part, name] = self._seen.get((part, name), 0) + 1
-        if count == 1:
-            return name
-        path = PurePosixPath(name)
-        return str(path.with_name(f"{path.stem}~{count}{path.suffix}"))
+        path, found = PurePosixPath(name), name
+        while (output := self._output(part, found)) in self._taken:
+            count = self._counts[part, name] = self._counts.get((part, name), 1) + 1
+            found = str(path.with_name(f"{path.stem}~{count}{path.suffix}"))
+        self._taken.add(output)
+        return found
 
 
 def part_of(path: str) -> str | None:
@@ -101,11 +118,23 @@ def take_test_for_val(parts: set[str]) -> dict[str, str]:
     return {part: "val" if part == "test" else part for part in parts}
 
 
-def files_and_parts(directory: Path, files: Iterable[Path]) -> list[tuple[Path, str]]:
-    """Files of a source below `directory` in the order of their paths, each with the part that it is used for."""
-    named = {path: part_of(str(path.relative_to(directory))) or EVERYTHING for path in files}
+TEST_LEFT_OUT = "of the part test, where val is there"
+
+
+def files_and_parts(directory: Path, files: Iterable[Path]) -> tuple[list[tuple[Path, str]], list[LeftOut]]:
+    """Files of a source below `directory` in the order of their paths, each with the part that it is used for; and
+    what is left out of them."""
+    named: dict[Path, str] = {}
+    left: list[LeftOut] = []
+    for path in files:
+        below = str(path.relative_to(directory))
+        if is_hidden(below):
+            left.append(LeftOut(HIDDEN))
+        else:
+            named[path] = part_of(below) or EVERYTHING
     used = take_test_for_val(set(named.values()))
-    return [(path, used[part]) for path, part in sorted(named.items()) if part in used]
+    left += [LeftOut(TEST_LEFT_OUT) for part in named.values() if part not in used]
+    return [(path, used[part]) for path, part in sorted(named.items()) if part in used], left
 
 
 class ClassNames:

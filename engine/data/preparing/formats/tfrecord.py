@@ -10,9 +10,9 @@ from bsnas.engine.data.contents import MAX_FILE_BYTES
 from bsnas.engine.data.preparing.formats.archives import range_reader, stamp_of_archive
 from bsnas.engine.data.preparing.formats.sample import (
     ClassNames,
+    Item,
     Problem,
     Sample,
-    UniqueNames,
     files_and_parts,
     sample_name,
 )
@@ -40,18 +40,16 @@ class TFRecordReader:
         files = [path for path in directory.rglob("*") if is_tfrecord(path)]
         if not files:
             raise UserError(f"{directory} holds no TFRecord files (*.tfrecord, *-00000-of-00010); give their directory")
-        self._files = files_and_parts(directory, files)
+        self._files, self._left_out = files_and_parts(directory, files)
         self.total_bytes = sum(path.stat().st_size for path, _ in self._files)
 
-    def samples(self) -> Iterator[Sample | Problem]:
-        unique = UniqueNames()
+    def samples(self) -> Iterator[Item]:
+        yield from self._left_out
         for file, part in self._files:
             for number, (offset, size) in enumerate(_records(file)):
-                yield self._sample(file, part, number, offset, size, unique)
+                yield self._sample(file, part, number, offset, size)
 
-    def _sample(
-        self, file: Path, part: str, number: int, offset: int, size: int, unique: UniqueNames
-    ) -> Sample | Problem:
+    def _sample(self, file: Path, part: str, number: int, offset: int, size: int) -> Sample | Problem:
         where = f"{file.name}:{number}"
         try:
             features = parse_example(range_reader(file, offset, size)())
@@ -69,7 +67,7 @@ class TFRecordReader:
         name = given.decode("utf-8", "replace") if isinstance(given, bytes) and given else f"{file.name}-{number:07}"
         return Sample(
             part=part,
-            name=unique.of(part, sample_name(name, class_name)),
+            name=sample_name(name, class_name),
             load=partial(bytes, image),
             stamp=stamp_of_archive(file, len(image)),
         )
