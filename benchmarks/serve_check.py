@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,14 +28,14 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
+from bsnas.engine.data.checking.quarantine import describe, describe_left_out
+from bsnas.engine.data.file_list import HIDDEN, IMAGE_SUFFIXES, is_hidden
+from bsnas.engine.data.file_list import left_out as named
 from bsnas.engine.data.index import is_prepared, read_index
-from bsnas.engine.host.errors import UserError
+from bsnas.engine.data.pillow_image import upright
+from bsnas.engine.host.errors import UserError, first_line
 from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.rundir import RunDir
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-"""Pillow's mode for a number of channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,23 +79,29 @@ def serve(arguments: ServeArguments) -> dict[str, Any]:
     files = [files[row] for row in rows]
     server.answer(files[: server.batch])  # the first call allocates
     started = time.perf_counter()
-    names = [name for k in range(0, len(files), server.batch) for name in server.answer(files[k : k + server.batch])]
+    answers: dict[Path, str] = {}
+    for k in range(0, len(files), server.batch):
+        answers |= server.answer(files[k : k + server.batch])
     seconds = time.perf_counter() - started
-    known = [(file.parent.name, name) for file, name in zip(files, names, strict=True)]
-    labelled = [pair for pair in known if pair[0] in server.classes]
+    if server.set_aside:
+        print(describe(list(server.set_aside.items()), len(files), "the images given"))
+    if not answers:
+        raise UserError(f"none of {len(files)} images can be decoded, the first is {files[0]}; give other --images")
+    labelled = [(file.parent.name, name) for file, name in answers.items() if file.parent.name in server.classes]
     right = sum(label == name for label, name in labelled)
-    for file, name in list(zip(files, names, strict=True))[:5]:
+    for file, name in list(answers.items())[:5]:
         print(f"{file} -> {name}")
-    speed, network_speed = len(files) / seconds, len(files) / (server.network_seconds or seconds)
+    speed, network_speed = len(answers) / seconds, len(answers) / (server.network_seconds or seconds)
     print(
-        f"{model.name}: {len(files)} images from file to class name, {speed:,.0f} images/s in batches of "
+        f"{model.name}: {len(answers)} images from file to class name, {speed:,.0f} images/s in batches of "
         f"{server.batch} (network alone {network_speed:,.0f}), torch not imported"
     )
     if labelled:
         print(f"top-1 {right / len(labelled):.4f} on {len(labelled)} images in directories named like a class")
     return {
         "model": str(model),
-        "images": len(files),
+        "images": len(answers),
+        "set_aside": len(server.set_aside),
         "batch": server.batch,
         "images_per_s": speed,
         "network_images_per_s": network_speed,
@@ -134,10 +141,22 @@ class Server:
         self.network_seconds = 0.0
         """Time inside ONNX Runtime so far, without the first call."""
         self._called = False
+        self.set_aside: dict[str, str] = {}
+        """Images that do not decode, each with the reason."""
 
-    def answer(self, files: Sequence[Path]) -> list[str]:
-        """The class names of at most a batch of image files."""
-        pixels = np.stack([self._load(file) for file in files])
+    def answer(self, files: Sequence[Path]) -> dict[Path, str]:
+        """The class names of at most a batch of image files; those that do not decode go to `set_aside`."""
+        decoded: dict[Path, npt.NDArray[np.uint8]] = {}
+        for file in files:
+            try:
+                decoded[file] = served_pixels(file, self._resolution, self._resize, self._channels)
+            except MemoryError:
+                raise
+            except Exception as error:  # Pillow's readers of damaged images raise all kinds
+                self.set_aside[str(file)] = f"cannot be decoded ({first_line(error)})"
+        if not decoded:
+            return {}
+        pixels = np.stack(list(decoded.values()))
         if self._fixed and len(pixels) < self.batch:
             pixels = np.concatenate([pixels, np.repeat(pixels[-1:], self.batch - len(pixels), axis=0)])
         inputs: npt.NDArray[np.generic] = pixels
@@ -148,25 +167,22 @@ class Server:
         if self._called:
             self.network_seconds += time.perf_counter() - started
         self._called = True
-        return [self.classes[index] for index in logits[: len(files)].argmax(1)]
+        answers = logits[: len(decoded)].argmax(1)
+        return {file: self.classes[index] for file, index in zip(decoded, answers, strict=True)}
 
-    def _load(self, file: Path) -> npt.NDArray[np.uint8]:
-        """Decoded and resized as for the run's evaluation: [H, W, channels]."""
-        try:
-            with Image.open(file) as opened:
-                image = opened.convert(MODES[self._channels])
-        except OSError as error:
-            raise UserError(f"image {file} cannot be decoded: {error}; remove it or give other --images") from None
-        size = self._resolution
-        if self._resize is None:
-            return self._pixels(image.resize((size, size), Image.Resampling.BILINEAR))
-        width, height = (side * self._resize // min(image.size) for side in image.size)
-        left, top = (round((side - size) / 2) for side in (width, height))
+
+def served_pixels(file: Path, resolution: int, resize: int | None, channels: int) -> npt.NDArray[np.uint8]:
+    """An image decoded and resized as for a run's evaluation: [H, W, channels]. Raises what Pillow does."""
+    with Image.open(file) as opened:
+        image = upright(opened, channels)
+    if resize is None:
+        image = image.resize((resolution, resolution), Image.Resampling.BILINEAR)
+    else:
+        width, height = (side * resize // min(image.size) for side in image.size)
+        left, top = (round((side - resolution) / 2) for side in (width, height))
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return self._pixels(image.crop((left, top, left + size, top + size)))
-
-    def _pixels(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        return np.asarray(image).reshape(self._resolution, self._resolution, self._channels)
+        image = image.crop((left, top, left + resolution, top + resolution))
+    return np.asarray(image).reshape(resolution, resolution, channels)
 
 
 def newest_export(run_dir: Path) -> Path:
@@ -196,9 +212,19 @@ def images_of_run(run_dir: Path) -> list[Path]:
 def image_files(places: Sequence[Path]) -> list[Path]:
     """All image files in files and directories, in order. Raises `UserError` when there are none."""
     found: list[Path] = []
+    left_out: Counter[str] = Counter()
     for place in places:
-        inside = sorted(file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES) if place.is_dir() else []
-        found += inside or ([place] if place.is_file() else [])
+        if place.is_file():
+            found.append(place)
+        for file in sorted(file for file in place.rglob("*") if file.is_file()):
+            if is_hidden(str(file.relative_to(place))):
+                left_out[HIDDEN] += 1
+            elif file.suffix.lower() in IMAGE_SUFFIXES:
+                found.append(file)
+            else:
+                left_out[named(file.suffix.lower())] += 1
+    if left_out:
+        print(describe_left_out(left_out, ", ".join(map(str, places))))
     if not found:
         raise UserError(f"no images in {', '.join(map(str, places))}; give image files or directories with --images")
     return found

@@ -221,6 +221,7 @@ def repeating(arguments: TabularArguments, figures: Mapping[str, Any]) -> str:
     words = ["python benchmarks/tabular.py", "--table", arguments.table.name, "--images", "IMAGES", "--run", "RUN"]
     words += ["--method", str(arguments.method), "--seed", str(figures["seed"])]
     words += ["--half", arguments.half] if arguments.half else []
+    words += ["--population", str(arguments.population), "--iterations", str(arguments.iterations)]
     return " ".join([*words, "--bn", figures["bn"], "--score", figures["score"], "--rows", "ROWS"])
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,10 +51,18 @@ class FileList:
     """First 16 bytes of each image's SHA-256 in hexadecimal digits, [N]."""
     offsets: npt.NDArray[np.int64] | None = None
     """First byte of each inside its file; None where every image is a file of its own."""
+    checked_at: int = 0
+    """When the images were checked, in ns since 1970: a file that was written later is compared with its digest."""
 
     @classmethod
     def of(
-        cls, root: Path, names: Sequence[str], files: Sequence[str], labels: Sequence[int], facts: Sequence[ImageFacts]
+        cls,
+        root: Path,
+        names: Sequence[str],
+        files: Sequence[str],
+        labels: Sequence[int],
+        facts: Sequence[ImageFacts],
+        checked_at: int = 0,
     ) -> "FileList":
         """Images that are files of their own, from what a check found out."""
         return cls(
@@ -64,6 +73,7 @@ class FileList:
             sizes=np.array([fact.size for fact in facts], np.int64),
             shapes=np.array([(fact.height, fact.width, fact.channels) for fact in facts], np.int32).reshape(-1, 3),
             digests=np.array([fact.digest for fact in facts], "S32"),
+            checked_at=checked_at,
         )
 
     def __len__(self) -> int:
@@ -94,6 +104,7 @@ class FileList:
             shapes=self.shapes[chosen],
             digests=self.digests[chosen],
             offsets=None if self.offsets is None else self.offsets[chosen],
+            checked_at=self.checked_at,
         )
 
     @cached_property
@@ -134,6 +145,8 @@ class Listing:
     """Sorted by label and name."""
     problems: list[tuple[str, str]] = field(default_factory=list)
     """Names that cannot be followed or read, each with the reason."""
+    made_at: int = field(default_factory=time.time_ns)
+    """When the walk began, in ns since 1970."""
     left_out: Counter[str] = field(default_factory=Counter)
     """How many files are no image, by the rule that says so."""
 

@@ -40,7 +40,7 @@ def index_folder(
         print(f"{describe(set_aside, total, str(directory))}; they are set aside and listed in {listed}")
     if listing.left_out and fresh:
         print(describe_left_out(listing.left_out, str(directory)))
-    return to_file_list(directory, listing.files, outcomes)
+    return to_file_list(directory, listing, outcomes)
 
 
 def check_new(
@@ -69,8 +69,9 @@ def check_new(
     return True
 
 
-def to_file_list(directory: Path, files: Sequence[FoundFile], outcomes: Sequence[Outcome | None]) -> FileList:
+def to_file_list(directory: Path, listing: Listing, outcomes: Sequence[Outcome | None]) -> FileList:
     """The files whose outcome is an image."""
-    good = [(file, facts) for file, facts in zip(files, outcomes, strict=True) if isinstance(facts, ImageFacts)]
+    good = [(file, facts) for file, facts in zip(listing.files, outcomes, strict=True) if isinstance(facts, ImageFacts)]
     names = [file.name for file, _ in good]
-    return FileList.of(directory, names, names, [file.label for file, _ in good], [facts for _, facts in good])
+    labels, facts = [file.label for file, _ in good], [facts for _, facts in good]
+    return FileList.of(directory, names, names, labels, facts, listing.made_at)

@@ -41,6 +41,8 @@ class DataIndex:
     """SHA-256 of each part's lines."""
     images: dict[str, int]
     """Images per part."""
+    written_at: int
+    """When it was written, in ns since 1970."""
     split: dict[str, Any]
     """`per_class`, `seed` and `file` of the search-validation split that was made."""
 
@@ -94,6 +96,7 @@ def read_index(directory: Path) -> DataIndex:
             channels=record["channels"],
             hashes={name: record["hashes"][name] for name in PARTS},
             images={name: record["images"][name] for name in PARTS},
+            written_at=file.stat().st_mtime_ns,
             split=record["split"],
         )
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -135,6 +138,7 @@ def read_part(index: DataIndex, name: str) -> FileList:
         shapes=table[:, 3:].astype(np.int32),
         digests=np.array(digests, "S32"),
         offsets=offsets if (offsets >= 0).any() else None,
+        checked_at=index.written_at,
     )
     _spot_check(found)
     return found

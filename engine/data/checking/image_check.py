@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 from bsnas.engine.data.checking.outcomes import Fault, ImageFacts, Outcome
+from bsnas.engine.data.pillow_image import upright, why_not_read
 
 BATCH = 64
 BATCH_PIXELS = 64_000_000
@@ -54,13 +55,17 @@ class ImageChecker(Generic[Key]):
     each with its key, content and outcome.
     """
 
-    def __init__(self, *, channels: int = 3, threads: int, max_megapixels: int = MAX_MEGAPIXELS) -> None:
-        """`channels` is what training asks for."""
+    def __init__(
+        self, *, channels: int = 3, threads: int, max_megapixels: int = MAX_MEGAPIXELS, reencoded: bool = False
+    ) -> None:
+        """`channels` is what training asks for. `reencoded`: what Pillow alone reads will be written anew."""
+        self._reencoded = reencoded
         self._channels, self._threads, self._max_pixels = channels, threads, max_megapixels * 1_000_000
         self._readers = ThreadPoolExecutor(max(2, threads))
         self._reading: deque[tuple[Key, Future[_Described]]] = deque()
         self._together: Pipeline | None = None
         self._alone: Pipeline | None = None
+        self._peek: Pipeline | None = None
         self._fed: list[np.ndarray] = []
 
     def __enter__(self) -> "ImageChecker[Key]":
@@ -94,29 +99,55 @@ class ImageChecker(Generic[Key]):
         together = []
         for place, (_, described) in enumerate(batch):
             if isinstance(described.header, ImageFacts):
-                if described.whole:
+                if described.whole and self._parses(described.content):
                     together.append((place, described.header))
                 else:
                     shape = self._shape_alone(np.frombuffer(described.content, np.uint8))
-                    outcomes[place] = self._with_shape(described.header, shape)
+                    outcomes[place] = self._with_shape(described.content, described.header, shape)
         while together:
             pixels = np.cumsum([facts.height * facts.width for _, facts in together])
             count = max(1, int((pixels <= BATCH_PIXELS).sum()))
             chosen, together = together[:count], together[count:]
             shapes = self._shapes([batch[place][1].content for place, _ in chosen])
             for (place, facts), shape in zip(chosen, shapes, strict=True):
-                outcomes[place] = self._with_shape(facts, shape)
+                outcomes[place] = self._with_shape(batch[place][1].content, facts, shape)
         return [(key, described.content, outcome) for (key, described), outcome in zip(batch, outcomes, strict=True)]
 
-    def _with_shape(self, facts: ImageFacts, shape: tuple[int, ...] | None) -> Outcome:
+    def _refused(self, content: bytes, facts: ImageFacts) -> Outcome:
+        """What to say of an image that the decoder does not take: whether it is damaged, Pillow tells."""
+        about = f"({facts.kind}, {facts.width}x{facts.height}, {facts.size} bytes)"
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                pixels = upright(image, self._channels) if self._channels in (1, 3) else image.copy()
+        except Exception:  # Pillow's readers of damaged images raise all kinds
+            return Fault(f"is damaged or cut off {about}")
+        if self._reencoded and self._channels in (1, 3):
+            return replace(facts, height=pixels.height, width=pixels.width, kind=f"{facts.kind} that is re-encoded")
+        return Fault(
+            f"is not read by the decoder, though by others {about}; convert it to JPEG or PNG, or use --resize"
+        )
+
+    def _with_shape(self, content: bytes, facts: ImageFacts, shape: tuple[int, ...] | None) -> Outcome:
         if shape is None:
-            return Fault(f"is damaged or cut off ({facts.kind}, {facts.width}x{facts.height}, {facts.size} bytes)")
+            return self._refused(content, facts)
         if shape[2] != self._channels:
             return Fault(f"has {shape[2]} channels, where the data set has {self._channels}")
         return ImageFacts(
             size=facts.size, height=shape[0], width=shape[1], channels=facts.channels, kind=facts.kind,
             digest=facts.digest,
         )  # fmt: skip
+
+    def _parses(self, content: bytes) -> bool:
+        """Whether the decoder reads the header, asked alone: two that it does not read have ended the process when they
+        were in one batch (DALI 2.4)."""
+        self._fed = [np.frombuffer(content, np.uint8)]
+        try:
+            self._peek = self._peek or self._build(1, 1, fn.peek_image_shape)
+            self._peek.run()
+        except RuntimeError:
+            self._peek = None  # a failed pipeline is dead
+            return False
+        return True
 
     def _shapes(self, contents: list[bytes]) -> list[tuple[int, ...] | None]:
         """Decoded height, width and channels of each; None for one that does not decode."""
@@ -139,11 +170,14 @@ class ImageChecker(Generic[Key]):
             self._alone = None
             return None
 
-    def _build(self, batch: int, threads: int) -> Pipeline:
+    def _decode(self, encoded: Any) -> Any:
+        return fn.decoders.image(encoded, output_type=output_type(self._channels))
+
+    def _build(self, batch: int, threads: int, operation: Callable[[Any], Any] | None = None) -> Pipeline:
         pipeline = Pipeline(batch, threads, None, prefetch_queue_depth=1, exec_async=False, exec_pipelined=False)
         with pipeline:
             encoded = fn.external_source(lambda: self._fed, batch=True)
-            pipeline.set_outputs(fn.decoders.image(encoded, output_type=output_type(self._channels)))
+            pipeline.set_outputs((operation or self._decode)(encoded))
         pipeline.build()
         return pipeline
 
@@ -163,6 +197,8 @@ def read_header(content: bytes, max_pixels: int) -> Outcome:
         return Fault(f"is no image (it begins with {content[:8]!r})")
     if kind not in FORMATS:
         return Fault(f"is a {kind} file, which the decoder does not read; convert it to JPEG or PNG")
+    if reason := why_not_read(kind, mode, content):
+        return Fault(reason)
     if width * height > max_pixels:
         return Fault(
             f"has more pixels than are allowed ({width}x{height}, where {max_pixels // 1_000_000} million are)"
@@ -174,19 +210,34 @@ def read_header(content: bytes, max_pixels: int) -> Outcome:
 
 
 def looks_whole(content: bytes, kind: str) -> bool:
-    """Whether an image is likely to decode, found without DALI.
+    """Whether an image may be decoded in one batch with others, found without DALI.
 
-    DALI 2.4 has ended with a segmentation fault on a batch with two images that were cut off, so doubtful ones are
-    kept out of batches. A JPEG must have its end, a PNG correct checksums; other formats, which are rare, are decoded.
+    DALI 2.4 has ended with a segmentation fault on batches with several images that it refuses, so only a JPEG of the
+    usual kind with its end, and a PNG with correct checksums, are decoded together. Others, which are rare, come alone.
     """
     if kind in ("JPEG", "MPO"):
-        return content.rstrip(b"\0").endswith(b"\xff\xd9")
+        return content.rstrip(b"\0").endswith(b"\xff\xd9") and _is_usual_jpeg(content)
+    if kind != "PNG":
+        return False
     try:
         with Image.open(io.BytesIO(content)) as image:
-            if kind == "PNG":
-                image.verify()
-            else:
-                image.load()
+            image.verify()
     except Exception:  # Pillow's readers of damaged images raise all kinds
         return False
     return True
+
+
+def _is_usual_jpeg(content: bytes) -> bool:
+    """Baseline or progressive, Huffman-coded, 8 bits, one or three components: by the marker of its frame."""
+    place = 2
+    while place + 9 < len(content) and content[place] == 0xFF:
+        marker, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4], "big")
+        if marker == 0xFF:  # a fill byte
+            place += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return marker <= 0xC2 and content[place + 4] == 8 and content[place + 9] in (1, 3)
+        elif length < 2:
+            return False
+        else:
+            place += 2 + length
+    return False

@@ -15,7 +15,7 @@ import torch
 from nvidia.dali.pipeline import DataNode, Pipeline, pipeline_def
 
 from bsnas.engine.data.checking.image_check import output_type
-from bsnas.engine.data.contents import read_ranges
+from bsnas.engine.data.contents import read_ranges, unchanged_paths
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.data.file_list import FileList
 from bsnas.engine.host.errors import UserError
@@ -53,7 +53,7 @@ def handed_over(files: FileList, places: Sequence[int]) -> list[Encoded] | Encod
     """
     if files.offsets is not None:
         return read_ranges(files, places)
-    paths = np.array([os.fsencode(files.path(place)) for place in places])
+    paths = np.array(unchanged_paths(files, places))
     return paths.view(np.uint8).reshape(len(places), -1)
 
 

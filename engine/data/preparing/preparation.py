@@ -140,7 +140,7 @@ def prepare(reader: Reader, preparation: Preparation) -> Prepared:
 def _refuse_lost_test_images(set_aside: Sequence[Entry], kept: Sequence[Kept], listed: Path) -> None:
     """Raises UserError where the source names test images and none of them can be used."""
     lost = [name for name, _ in set_aside if name.startswith("val/")]
-    if lost and not any(image.part == "val" for image in kept):
+    if lost and kept and not any(image.part == "val" for image in kept):
         write_quarantine(listed, set_aside)
         raise UserError(
             f"all {len(lost)} test images of the source are set aside, the first is {lost[0]}; mend them, the reasons "
@@ -161,7 +161,10 @@ def check_samples(reader: Reader, preparation: Preparation) -> Found:
         Progress("preparing images", reader.total_bytes / MB, unit="MB") as progress,
         ThreadPoolExecutor(max(1, preparation.threads)) as pool,
         ImageChecker[Sample](
-            channels=preparation.channels, threads=preparation.threads, max_megapixels=preparation.max_megapixels
+            channels=preparation.channels,
+            threads=preparation.threads,
+            max_megapixels=preparation.max_megapixels,
+            reencoded=preparation.resizing is not None,
         ) as checker,
     ):
 

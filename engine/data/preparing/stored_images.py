@@ -6,12 +6,12 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from bsnas.engine.data.checking.image_check import read_header
 from bsnas.engine.data.checking.outcomes import Fault, ImageFacts, Outcome
 from bsnas.engine.data.file_list import JPEG_SUFFIXES
+from bsnas.engine.data.pillow_image import upright
 from bsnas.engine.host.atomic import write_atomically
 from bsnas.engine.host.errors import UserError
 
@@ -76,10 +76,7 @@ def _resized(content: bytes, resizing: Resizing) -> bytes:
         scale = resizing.shorter / min(image.size)
         if scale < 0.5:  # decode JPEGs at a half, a quarter or an eighth, still twice as large as what is wanted
             image.draft(mode, (int(2 * scale * image.width), int(2 * scale * image.height)))
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits
-            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-        flat = upright.convert(mode)
+        flat = upright(image, resizing.channels)
     if scale < 1:
         longer = round(max(flat.size) * resizing.shorter / min(flat.size))
         size = (resizing.shorter, longer) if flat.width <= flat.height else (longer, resizing.shorter)
