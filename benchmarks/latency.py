@@ -119,13 +119,19 @@ def measure_run(run_dir: RunDir, arguments: LatencyArguments) -> None:
     """Measure, store and show."""
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     released = retrained(run_dir) if arguments.arch is None else inherited(run_dir, arguments.arch)
+    space = released.network.space
+    if arguments.peers and space.input_channels != 3:
+        raise UserError(
+            f"peers {', '.join(arguments.peers)} take images of 3 channels, and this run's have "
+            f"{space.input_channels}; leave out --peers"
+        )
     images = released.test_images(arguments.images).normalised()
     calibration = released.calibration_images().normalised().numpy() if "int8" in arguments.precisions else None
     peers = {name: peer(name, len(released.data.classes), images) for name in arguments.peers}
     stamp, directory = provenance(), run_dir.latency
     with TemporaryDirectory() as files:
         models = [
-            Model(name, network, released.network.space.resolution, Path(files), calibration=calibration)
+            Model(name, network, space.resolution, Path(files), channels=space.input_channels, calibration=calibration)
             for name, network in {released.origin: released.network, **peers}.items()
         ]
         rows = measure_rows(

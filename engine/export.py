@@ -103,7 +103,10 @@ def export_one(
     """Write one file, check it, say so, and return its figures."""
     network = released.network
     outside: dict[str, Any] = {"precision": precision, "input": arguments.input, "batch": arguments.batch}
-    format = OnnxFormat(resolution=network.space.resolution, mean=images.mean, std=images.std, **outside)
+    format = OnnxFormat(
+        resolution=network.space.resolution, channels=network.space.input_channels, mean=images.mean, std=images.std,
+        **outside,
+    )  # fmt: skip
     batch = f"-b{format.batch}" if format.batch else ""
     file = arguments.output or run_dir.export / f"{released.origin}-{precision}-{format.input}{batch}.onnx"
     macs, params = CostModel(network.space).macs_and_params(network.arch)

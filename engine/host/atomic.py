@@ -1,7 +1,6 @@
 """Files and directories that appear whole or not at all, with any number of processes asking at once."""
 
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -10,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bsnas.engine.host.errors import MachineError, UserError
+from bsnas.engine.host.locks import exclusive
 
 
 @contextmanager
@@ -22,8 +22,7 @@ def locked(path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot write {path}: {error.strerror}; set cache_dir to a directory that can be written"
         ) from None
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with handle, exclusive(handle, path, wait=True):
         yield
 
 

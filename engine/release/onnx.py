@@ -34,13 +34,15 @@ class OnnxFormat:
 
     resolution: int
     """H and W of the images in pixels."""
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Of the normalisation, a value per channel, in units of 0 to 1."""
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    channels: int = 3
+    """C of the images."""
+    mean: tuple[float, ...] = (0.5,)
+    """Of the normalisation, a value per channel or one for all, in units of 0 to 1."""
+    std: tuple[float, ...] = (0.5,)
     precision: Precision = "fp32"
     """Type of weights and activations; TensorRT takes its precision from them. Input and output stay as they are."""
     input: Input = "normalised"
-    """`normalised`: float32 [N, 3, H, W]. `uint8`: raw pixels [N, H, W, 3], the network normalises them itself."""
+    """`normalised`: float32 [N, C, H, W]. `uint8`: raw pixels [N, H, W, C], the network normalises them itself."""
     batch: int | None = None
     """Fixed batch size; dynamic when not given."""
 
@@ -101,7 +103,7 @@ def export_onnx(
         if hasattr(layer, "inplace"):
             layer.inplace = False  # the exporter undoes in-place operations, which doubles its time
     module = ExportedNetwork(folded.to(DTYPES[format.precision]), format).eval()
-    shape = (format.batch or 2, len(format.mean), format.resolution, format.resolution)
+    shape = (format.batch or 2, format.channels, format.resolution, format.resolution)
     example = torch.zeros(shape)
     if format.input == "uint8":
         example = torch.zeros((shape[0], *shape[2:], shape[1]), dtype=torch.uint8)

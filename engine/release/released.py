@@ -24,7 +24,7 @@ class RealImages:
     """Images of a data set with their labels, raw and as networks take them."""
 
     pixels: npt.NDArray[np.uint8]
-    """[N, H, W, 3]."""
+    """[N, H, W, C]."""
     labels: npt.NDArray[np.int64]
     mean: tuple[float, ...]
     """Of the normalisation, in units of 0 to 1."""
@@ -35,7 +35,7 @@ class RealImages:
         return self.pixels if kind == "uint8" else self.normalised().numpy()
 
     def normalised(self) -> torch.Tensor:
-        """float32 [N, 3, H, W] on the CPU."""
+        """float32 [N, C, H, W] on the CPU."""
         return normalize(torch.from_numpy(self.pixels), self.mean, self.std, torch.float32).contiguous()
 
 

@@ -22,13 +22,12 @@ logs/                  messages of libraries
 lock                   who works on the run
 """
 
-import fcntl
 import json
 import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from typing import Any
 from bsnas.engine.config import RunConfig, read_config, to_json
 from bsnas.engine.host.atomic import write_atomically, write_error
 from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.locks import exclusive, is_held
 from bsnas.engine.space.space import Space
 
 MAX_JSON_BYTES = 256 << 20
@@ -160,10 +160,10 @@ class RunDir:
             opened = open(self.lock_file, "a+")  # noqa: SIM115 - closed below
         except OSError as error:
             raise write_error(self.lock_file, error) from None
-        with opened as handle:
+        with opened as handle, ExitStack() as held:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                held.enter_context(exclusive(handle, self.lock_file, wait=False))
+            except BlockingIOError:
                 handle.seek(0)
                 owner = handle.read().strip() or "another process"
                 raise UserError(
@@ -184,7 +184,8 @@ class RunDir:
         match = re.fullmatch(r"process (\d+) on (\S+)", text)
         if match is not None and match[2] != socket.gethostname():
             return Owner(text, alive=True, elsewhere=True)
-        return Owner(text, alive=_is_locked(inode, int(match[1]) if match else None))
+        locked = _is_locked(inode, int(match[1]) if match else None)
+        return Owner(text, alive=locked or is_held(self.lock_file))
 
     # ---- what it holds
 

@@ -67,7 +67,9 @@ class Model:
         elif self.plain:
             write_plain_onnx(self.network, file, input_shape=self.input_shape, precision=precision)
         else:
-            export_onnx(self.network, file, OnnxFormat(resolution=self.resolution, precision=precision))
+            export_onnx(
+                self.network, file, OnnxFormat(resolution=self.resolution, channels=self.channels, precision=precision)
+            )
         return file
 
 
@@ -78,7 +80,7 @@ class Session(Protocol):
     """Size of what is deployed: engine, ONNX file or weights."""
 
     def load(self, images: Tensor) -> None:
-        """Put a full batch [N, 3, H, W] where `run` reads it, on the device if there is one."""
+        """Put a full batch [N, C, H, W] where `run` reads it, on the device if there is one."""
         ...
 
     def run(self) -> None:

@@ -1,6 +1,5 @@
 """Test accuracy of networks that are trained from scratch, each with the same settings, and none of them twice."""
 
-import fcntl
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from bsnas.engine.config import RunConfig, SafetyConfig
 from bsnas.engine.data.dataset import Dataset
 from bsnas.engine.data.loading.evaluation_set import EvaluationSet, evaluation_set
 from bsnas.engine.host.distributed import Process, entered_by_main, on_main
+from bsnas.engine.host.locks import exclusive
 from bsnas.engine.networks.subnet import Subnet
 from bsnas.engine.runs.rundir import NetworkDir, read_json, write_json
 from bsnas.engine.space.arch import Arch
@@ -84,8 +84,7 @@ class TrainedAlone:
 def _alone_in(directory: Path) -> Iterator[None]:
     """Wait until no other process trains in a directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(directory / "lock", "a") as lock, exclusive(lock, directory / "lock", wait=True):
         yield
 
 
@@ -93,9 +92,8 @@ def _in_training(directory: Path) -> bool:
     """Does another process train in a directory at the moment?"""
     if not directory.is_dir():
         return False
-    with open(directory / "lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    try:
+        with open(directory / "lock", "a") as lock, exclusive(lock, directory / "lock", wait=False):
+            return False
+    except BlockingIOError:
+        return True

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bsnas.engine.data.contents import unchanged_paths
+from bsnas.engine.data.dataset import open_dataset
+from bsnas.engine.host.errors import UserError
 from tests import ROOT
-from tests.engine.data.cases import write_image_folder
+from tests.engine.data.cases import folder_config, write_image_folder
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3)).astype(np.uint8))
 
@@ -120,3 +123,19 @@ def test_spoilt_bytes_end_nothing_by_a_signal(tmp_path, seed, moment):
     done = run_script("-c", READ, str(folder), str(seed), moment, cwd=ROOT)
     assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"
     assert done.stdout.splitlines()[-1].startswith("told: image" if moment == "after" else ("read", "told:"))
+
+
+def test_a_file_that_is_written_anew_after_its_check(tmp_path):
+    folder = write_image_folder(tmp_path / "images")
+    config = folder_config(folder, tmp_path / "cache")
+    files = open_dataset(config).everything
+    first, second, third = (Path(files.path(place)) for place in range(3))
+    content = first.read_bytes()
+    first.write_bytes(content)  # the same: compared once
+    assert unchanged_paths(files, [0]) == [str(first).encode()]
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(UserError, match=r"image .* has changed since it was checked; bring it back, or start again"):
+        unchanged_paths(files, [0])
+    third.unlink()
+    with pytest.raises(UserError, match=r"image .* cannot be read \(No such file or directory\); remove or replace it"):
+        unchanged_paths(files, [2])
