@@ -4,6 +4,9 @@ import logging
 import os
 import socket
 import sqlite3
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from torch import nn
 from bsnas.engine.host import launcher
 from bsnas.engine.host.allocator import keep_freed_memory
 from bsnas.engine.host.console import adopt_loggers, hide_libraries
-from bsnas.engine.host.errors import UserError, machine_failure
+from bsnas.engine.host.errors import MachineError, UserError, first_line, machine_failure
 from bsnas.engine.host.precision import exact_float32
 from bsnas.engine.host.preemption import requested, stop_here
 
@@ -71,11 +74,12 @@ def start_process(timeout_minutes: float = 30) -> Process:
     # Compiling this shared-memory operation takes 50 s, and only inference_all_reduce, never called here, uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = launcher.local_rank()
+    launcher.local_size()  # raises for nonsense
     told: dict[str, int | str] = {
         "RANK": launcher.rank(),
         "WORLD_SIZE": launcher.world_size(),
         "LOCAL_RANK": local_rank,
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": launcher.master_address(),
         "MASTER_PORT": launcher.master_port() or _free_port(),
     }
     for name, value in told.items():
@@ -89,20 +93,74 @@ def start_process(timeout_minutes: float = 30) -> Process:
         keep_freed_memory()
     timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
+        if launcher.world_size() > 1:
+            _meet(backend, timeout)
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        port = os.environ["MASTER_PORT"]
-        raise UserError(
-            f"port {port} of this machine is in use, perhaps by another run; processes of a run need a port of their "
-            "own: give the launcher another one with deepspeed --master_port PORT"
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {port} of this machine is in use, perhaps by another run; processes of a run need a port of "
+                "their own: give the launcher another one with deepspeed --master_port PORT"
+            ) from None
+        raise MachineError(
+            f"rank {launcher.rank()} cannot meet the others at {address}, port {port} ({first_line(error)}); give "
+            "deepspeed --master_addr the host of rank 0 as all machines know it"
         ) from None
     # Gradients are reduced in a second group of all ranks, which DeepSpeed would make with torch's own 30 minutes.
     everyone = range(torch.distributed.get_world_size())
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(everyone, timeout=timeout)
     return Process.current(device, local_rank)
+
+
+TELL_AFTER = 20.0
+"""Seconds until it is told who is waited for, and between two tellings."""
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    """Join the other processes, and say who is missing while that takes long.
+
+    torch's own meeting, by environment, waits in silence. Raises MachineError when some do not come in time.
+    """
+    rank, size, port = launcher.rank(), launcher.world_size(), int(os.environ["MASTER_PORT"])
+    address, host = os.environ["MASTER_ADDR"], socket.gethostname()
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    alone = threading.Timer(TELL_AFTER, _say, [f"rank {rank} on {host} waits for rank 0 at {address}, port {port}"])
+    alone.daemon = True
+    if rank:
+        alone.start()
+    store = torch.distributed.TCPStore(
+        address, port, size, is_master=rank == 0 and not by_torchrun, timeout=timeout, wait_for_workers=False
+    )
+    alone.cancel()
+    here = torch.distributed.PrefixStore(f"here/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    here.set(str(rank), host)
+    if rank == 0:
+        _await_all(here, size, timeout)
+    torch.distributed.init_process_group(backend, store=here, rank=rank, world_size=size, timeout=timeout)
+
+
+def _await_all(here: "torch.distributed.Store", size: int, timeout: timedelta) -> None:
+    """Wait until every rank has set its host's name under its number."""
+    began = told = time.monotonic()
+    while missing := [rank for rank in range(size) if not here.check([str(rank)])]:
+        now = time.monotonic()
+        hosts = ", ".join(sorted({here.get(str(rank)).decode() for rank in range(size) if rank not in missing}))
+        ranks = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        if now - began > timeout.total_seconds():
+            raise MachineError(
+                f"of {size} processes ranks {ranks} did not come within {timeout.total_seconds() / 60:g} minutes; "
+                f"those that came are on {hosts}; see why the others do not start, then start again"
+            )
+        if now - told > TELL_AFTER:
+            told = now
+            _say(f"waiting for ranks {ranks} of {size} processes; those that are there are on {hosts}")
+        time.sleep(0.05)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _gpu(local_rank: int) -> torch.device:

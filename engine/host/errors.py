@@ -41,6 +41,8 @@ _NO_MEMORY = re.compile(
     "|could not (create a primitive|create a memory object|execute a primitive)$",  # oneDNN says no more
     re.MULTILINE,
 )
+_LOST_KINDS = {"DistError", "DistNetworkError", "DistBackendError", "DistStoreError"}
+"""Types of torch.distributed; gloo and NCCL also raise plain RuntimeErrors, which their words below tell."""
 _LOST = (
     "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out waiting",
     "timed out", "NCCL", "Gloo", "gloo", "Socket Timeout", "recvValue failed", "sendBytes failed",
@@ -58,16 +60,24 @@ def machine_failure(error: BaseException) -> MachineError | None:
         return MachineError(f"{where}{os.strerror(error.errno)}; {_WAYS_OUT[error.errno]}, then continue")
     if isinstance(error, sqlite3.Error):
         return MachineError(f"the file of evaluations: {text}; free space or mend the file, then continue")
-    if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST):
+    lost = _kinds(error) & _LOST_KINDS or any(word in str(error) for word in _LOST)
+    if isinstance(error, RuntimeError) and lost:
         return MachineError(f"another process of this run was lost or does not answer ({text[:160]}); continue the run")
     return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: Python's, that of torch on a CPU or a GPU, or that of a library under it."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    return (
+        isinstance(error, MemoryError)
+        or "OutOfMemoryError" in _kinds(error)
+        or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None)
     )
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """Names of an exception's types: torch's, without loading it."""
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 def first_line(error: Exception) -> str:

@@ -34,14 +34,23 @@ def local_size() -> int:
 
 def master_port() -> int | None:
     """The port at which rank 0 waits for the others; None without a launcher."""
-    return _number("MASTER_PORT", default=1, smallest=1) if "MASTER_PORT" in os.environ else None
+    return _number("MASTER_PORT", default=1, smallest=1, most=65535) if "MASTER_PORT" in os.environ else None
 
 
-def _number(name: str, *, default: int, smallest: int = 0) -> int:
+def master_address() -> str:
+    """The machine of rank 0; this one without a launcher."""
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    if not address.strip():
+        raise UserError("the environment variable MASTER_ADDR is empty; unset it, or give the host of rank 0")
+    return address
+
+
+def _number(name: str, *, default: int, smallest: int = 0, most: int | None = None) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdecimal() or int(text) < smallest:
+    if not text.isdecimal() or int(text) < smallest or (most is not None and int(text) > most):
+        range_ = f"of at least {smallest}" if most is None else f"from {smallest} to {most}"
         raise UserError(
-            f"the environment variable {name} is {text!r}, not a whole number of at least {smallest}; unset it, or "
+            f"the environment variable {name} is {text!r}, not a whole number {range_}; unset it, or "
             "start with deepspeed, which sets it"
         )
     return int(text)

@@ -105,6 +105,9 @@ def run(main: Callable[[], None]) -> None:
     2: the user can mend it. 3: the machine failed. 75: told to stop, to be continued. Everything else is a bug.
     """
     handle_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text
+            stream.reconfigure(errors="backslashreplace")
     try:
         started()
         main()

@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -268,3 +270,44 @@ def labels_of(source: Path, shards: Path, written: list[str]) -> int:
     if source != shards:
         return 0
     return sum(name.endswith(".json") and not is_hidden(name) for name in written)
+
+
+# ---- texts
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_csv_of_any_encoding_of_spreadsheets(folder, tmp_path, encoding):
+    rows = [
+        f"{file.relative_to(folder)},{file.parent.name},{file.parts[-3]}" for file in sorted(folder.glob("*/*/*.jpg"))
+    ]
+    text = "\n".join(["path,label,split", *rows])
+    mark = b"\xff\xfe" if encoding == "utf-16-le" else b""
+    (folder / "list.csv").write_bytes(mark + text.encode(encoding))
+    prepared = prepare_source(folder / "list.csv", tmp_path / "out")
+    assert (prepared.classes, len(prepared.parts["train"])) == (CLASSES, TRAIN)
+
+
+def test_a_zero_byte_in_a_path_is_a_problem_of_its_line(folder, tmp_path):
+    files = sorted(folder.glob("*/*/*.jpg"))
+    rows = [f"{file.relative_to(folder)},{file.parent.name},{file.parts[-3]}" for file in files]
+    (folder / "list.csv").write_text("\n".join(["path,label,split", "a\0b.jpg,ant,train", *rows]))
+    prepared = prepare_source(folder / "list.csv", tmp_path / "out", max_broken=0.1)
+    assert prepared.set_aside == [("line 2: a\0b.jpg", "is no path: it holds a zero byte")]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_class_name(folder, tmp_path):
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n", "utf-8-sig")
+    rows = [f"{file.relative_to(folder)},{CLASSES.index(file.parent.name)},{file.parts[-3]}" for file in
+            sorted(folder.glob("*/*/*.jpg"))]  # fmt: skip
+    (folder / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+    prepared = prepare_source(folder / "list.csv", tmp_path / "out", class_file=tmp_path / "classes.txt")
+    assert prepared.classes == CLASSES
+
+
+def test_names_that_are_no_text_are_printed_all_the_same(tmp_path):
+    program = (
+        "import sys\nfrom bsnas.engine.host.script import run\n"
+        "def main(): print('caf\\udce9'); print('caf\\udce9', file=sys.stderr)\nrun(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\udce9\n", "caf\\udce9\n")

@@ -1,6 +1,9 @@
 """What the launcher's environment says, and one line where it is nonsense."""
 
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from bsnas.engine.host.distributed import start_process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import run
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
+NAMES = ("MASTER_ADDR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +58,9 @@ def test_decode_threads_are_shared_between_the_processes_of_a_machine(monkeypatc
         ({"RANK": "-1"}, "RANK is '-1', not a whole number of at least 0"),
         ({"LOCAL_RANK": "gpu0"}, "LOCAL_RANK is 'gpu0', not a whole number"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', not a whole number of at least 1"),
-        ({"MASTER_PORT": "none"}, "MASTER_PORT is 'none', not a whole number of at least 1"),
+        ({"MASTER_PORT": "none"}, "MASTER_PORT is 'none', not a whole number from 1 to 65535"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is '65536', not a whole number from 1 to 65535"),
+        ({"MASTER_ADDR": " "}, "the environment variable MASTER_ADDR is empty; unset it, or give the host of rank 0"),
         ({"RANK": "1"}, "RANK is 1 and WORLD_SIZE 1; ranks count from 0 to WORLD_SIZE - 1"),
     ],
 )
@@ -107,3 +112,33 @@ def test_fp32_is_not_tf32_on_a_gpu(monkeypatch):
         start_process()
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+MEET = """
+import sys
+from bsnas.engine.host import distributed
+from bsnas.engine.host.script import run
+distributed.TELL_AFTER = 0.5
+sys.argv = ["meet"]
+run(lambda: distributed.start_process(0.05))
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "told", "ended"),
+    [
+        (0, "waiting for ranks 1, 2 of 3 processes; those that are there are on ", "of 3 processes ranks 1, 2 did not"),
+        (2, "waits for rank 0 at 127.0.0.1, port ", "rank 2 cannot meet the others at 127.0.0.1, port "),
+    ],
+)
+def test_who_is_missing_at_the_start_is_told(rank, told, ended):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", MEET]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    assert told in done.stderr
+    assert f"error: {ended}" in done.stderr
+    assert "Traceback" not in done.stderr

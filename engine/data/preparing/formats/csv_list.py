@@ -1,5 +1,6 @@
 """A CSV (or TSV) file of paths and labels, and a part where there is a third column."""
 
+import codecs
 import csv
 import os
 from collections.abc import Iterator
@@ -34,10 +35,10 @@ class CsvReader:
         """Raises UserError for a file without rows, or without columns that can be told apart."""
         self._file, self._classes = file, ClassNames(classes)
         try:
-            text = file.read_text("utf-8-sig", "surrogateescape")
+            text = _decoded(file.read_bytes())
             delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
             rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if row]
-        except (OSError, csv.Error) as error:
+        except (OSError, UnicodeError, csv.Error) as error:
             raise UserError(f"{file} cannot be read: {error}; give a CSV file of path and label") from None
         if not rows:
             raise UserError(f"{file} holds no rows; give a CSV file of path and label")
@@ -90,6 +91,8 @@ class CsvReader:
             status = os.stat(full)
         except OSError as error:
             return Problem(f"line {number}: {path}", f"cannot be read ({error.strerror})")
+        except ValueError:  # a path with a zero byte
+            return Problem(f"line {number}: {path}", "is no path: it holds a zero byte")
         return Sample(
             part=part,
             name=sample_name(path, class_name),
@@ -103,6 +106,13 @@ class CsvReader:
             return os.stat(os.path.join(self._file.parent, row[self._columns[0]].strip())).st_size
         except (OSError, IndexError, ValueError):
             return 0
+
+
+def _decoded(content: bytes) -> str:
+    """UTF-8, whose other bytes are kept as names of files may hold them, or UTF-16 as spreadsheets write it."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    return content.decode("utf-8-sig", "surrogateescape")
 
 
 def _columns(file: Path, first: list[str]) -> tuple[tuple[int, int, int | None], int]:

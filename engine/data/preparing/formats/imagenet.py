@@ -126,7 +126,7 @@ def _val_synsets(directory: Path, given: Path | None) -> dict[int, str]:
 def _from_list(file: Path) -> dict[int, str]:
     """Lines that hold a file name and a synset (Kaggle's CSV too), or a synset alone in the order of the images."""
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}; give lines of file name and synset") from None
     labels: dict[int, str] = {}

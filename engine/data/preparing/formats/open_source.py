@@ -30,7 +30,7 @@ def open_source(source: Path, kind: SourceFormat, *, class_file: Path | None, va
         if kind in ("folder", "parts", "classes", "imagenet"):
             raise UserError(f"classes {class_file} goes with labels that are numbers, not with {kind}; leave it out")
         try:
-            classes = read_class_names(class_file.read_text(), str(class_file))
+            classes = read_class_names(class_file.read_text("utf-8-sig"), str(class_file))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"classes {class_file} cannot be read: {error}; give one class name per line") from None
     if kind == "imagenet":
