@@ -6,8 +6,8 @@ python benchmarks/soak.py --kills 5 --terms 3 --mutations 100 --parts kills term
 The pipeline trains, shrinks twice, evolves, retrains and exports. `kills`: SIGKILL at random moments. `terms`: SIGTERM,
 where besides no optimizer step may be repeated. `damage`: files cut off, with a bit flipped, empty. `disk`: files that
 cannot grow. `ranks`: one of two ranks killed or frozen. `nan`: no numbers on one rank. `mutations`: hypothesis changes
-architectures, configurations, spaces and manifests. `stall`: how long checkpoints hold up training. Whatever is
-continued must end bit for bit as the undisturbed run.
+architectures, configurations, spaces and manifests. `images`: their bytes are spoilt before or after the check.
+`stall`: how long checkpoints hold up training. Whatever is continued must end bit for bit as the undisturbed run.
 """
 
 import signal
@@ -24,13 +24,14 @@ if find_spec("bsnas") is None:
     sys.exit(2)
 
 from bsnas.benchmarks.parts.faults import soak_parts
+from bsnas.benchmarks.parts.faults.hostile_images import hostile_images
 from bsnas.benchmarks.parts.faults.soak_pipeline import Pipelines, Report
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
 
-PartName = Literal["kills", "terms", "damage", "disk", "ranks", "nan", "mutations", "stall"]
-ALL: tuple[PartName, ...] = ("mutations", "stall", "nan", "disk", "ranks", "damage", "terms", "kills")
+PartName = Literal["kills", "terms", "damage", "disk", "ranks", "nan", "mutations", "images", "stall"]
+ALL: tuple[PartName, ...] = ("mutations", "images", "stall", "nan", "disk", "ranks", "damage", "terms", "kills")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class SoakArguments:
     """SIGTERMs that must hit."""
     mutations: int = 1000
     """Mutated files of each kind."""
+    images: int = 600
+    """Image files that are spoilt, two thirds of them after their check."""
     parts: tuple[PartName, ...] = ALL
     """What is done, in this order."""
     seed: int = 0
@@ -55,10 +58,12 @@ class SoakArguments:
     """File for all counts."""
 
     def __post_init__(self) -> None:
-        if min(self.kills, self.terms, self.mutations) < 1 or not 0 < self.gap < 1000 or not 0 <= self.cold_share <= 1:
+        counts = self.kills, self.terms, self.mutations, self.images
+        if min(counts) < 1 or not 0 < self.gap < 1000 or not 0 <= self.cold_share <= 1:
             raise UserError(
-                f"kills {self.kills}, terms {self.terms}, mutations {self.mutations}, gap {self.gap}, cold share "
-                f"{self.cold_share}: give counts of at least 1, a gap in seconds above 0 and a share from 0 to 1"
+                f"kills {self.kills}, terms {self.terms}, mutations {self.mutations}, images {self.images}, gap "
+                f"{self.gap}, cold share {self.cold_share}: give counts of at least 1, a gap in seconds above 0 and a "
+                "share from 0 to 1"
             )
 
 
@@ -90,6 +95,7 @@ def measure(name: PartName, pipelines: Pipelines, arguments: SoakArguments) -> R
         "ranks": lambda: soak_parts.ranks(pipelines),
         "nan": lambda: soak_parts.nan(pipelines),
         "mutations": lambda: soak_parts.mutations(pipelines, arguments.mutations),
+        "images": lambda: hostile_images(pipelines.directory, arguments.images),
         "stall": lambda: soak_parts.stall(pipelines),
     }
     print(f"\n{name}", flush=True)

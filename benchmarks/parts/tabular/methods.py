@@ -37,8 +37,8 @@ _PATHS = SamplingConfig(update="path", batches="fresh")
 RULES = {
     "fair": Rule(_PATHS, 256, 0.1),
     "calr": Rule(replace(_PATHS, complexity_decay=2.0), 256, 0.1),
-    "sandwich": Rule(SamplingConfig(sampler="sandwich", distill="kl"), 128, 0.05),
-    "alpha": Rule(SamplingConfig(sampler="sandwich", distill="alpha"), 128, 0.05),
+    "sandwich": Rule(SamplingConfig(sampler="sandwich", distill="kl"), 128, 0.02),
+    "alpha": Rule(SamplingConfig(sampler="sandwich", distill="alpha"), 128, 0.02),
 }
 """A sandwich has four paths, of as many multiply-adds on average as a fair one, and one step; so it gets small batches,
 and a rate for gradients that add up."""
