@@ -29,6 +29,7 @@ from bsnas.engine.host.preemption import handle_signals
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
+from bsnas.benchmarks.parts.tabular.corrected import corrected
 from bsnas.benchmarks.parts.tabular.methods import METHODS, train
 from bsnas.benchmarks.parts.tabular.public_table import PublicTable
 from bsnas.benchmarks.parts.tabular.ranking import BUDGETS, Half, against_the_best, ceilings, in_half, ranking
@@ -43,6 +44,7 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.facts import RunFacts
+from bsnas.search.algorithms.correction import LEAST
 from bsnas.search.algorithms.evolution import EvolutionConfig, by_loss, by_top1
 
 
@@ -68,6 +70,8 @@ class TabularArguments:
     """Architectures in a generation of the search; the defaults are search/evolve.py's."""
     iterations: int = 20
     """Generations after the first, random one."""
+    corrections: tuple[int, ...] = ()
+    """Also rank by corrections that learn from one training in the table of so many networks, as 14 30 50."""
     scores: Path | None = None
     """File for the scores of every network that was ranked (CSV)."""
     rows: Path | None = None
@@ -81,11 +85,20 @@ class TabularArguments:
         if not self.check_costs and self.run is None:
             raise UserError("nothing was asked for; give --check-costs, or --run with a trained supernet")
         sizes_given = (self.population, self.iterations) != (TabularArguments.population, TabularArguments.iterations)
-        about_scores = self.half, self.bn, self.score, self.scores, self.rows, self.images, sizes_given
+        about_scores = (
+            self.half,
+            self.bn,
+            self.score,
+            self.scores,
+            self.rows,
+            self.images,
+            self.corrections,
+            sizes_given,
+        )
         if self.run is None and any(about_scores):
             raise UserError(
-                "--half, --bn, --score, --population, --iterations, --scores, --rows and --images are about the scores "
-                "of a run; give --run, or leave them out"
+                "--half, --bn, --score, --population, --iterations, --corrections, --scores, --rows and --images are "
+                "about the scores of a run; give --run, or leave them out"
             )
         if self.images is not None and self.method not in METHODS:
             raise UserError(f"--images with --method {self.method}; allowed are {', '.join(METHODS)}")
@@ -137,6 +150,12 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
     check_run(trained, table)
     with entered_by_main(process, trained.run.lock()), recorded(trained.run, "tabular", device=process.device):
         networks = {arch: row for arch, row in table.distinct.items() if in_half(row, arguments.half)}
+        wrong = [count for count in arguments.corrections if not LEAST <= count < len(networks)]
+        if wrong:
+            raise UserError(
+                f"corrections from {', '.join(map(str, wrong))} networks; give numbers from {LEAST} to less than the "
+                f"{len(networks)} that are ranked"
+            )
         evaluator = trained.evaluator(arguments.bn)
         rows, scores = list(networks.values()), evaluator.evaluate(list(networks))
         score = arguments.score or trained.config.shrink.score
@@ -158,6 +177,7 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
         "regret": {budget: row["regret"] for budget, row in found_rows.items()},
         "rank": {budget: row["rank"] for budget, row in found_rows.items()},
         "budgets": found_rows,
+        "corrections": [corrected(table.space, networks, scores, count) for count in arguments.corrections],
         **provenance(),
     }
     print_ranking(figures)
@@ -185,6 +205,13 @@ def print_ranking(figures: Mapping[str, Any]) -> None:
     print(f"{'no score passes':15}{figures['ceiling']:7.3f}{'':17}{figures['ceiling_bands']:9.3f}")
     for budget in sorted(set(BUDGETS) - figures["budgets"].keys()):
         print(f"at {budget} M: the search met none of the networks that are ranked")
+    for row in figures["corrections"]:
+        regrets = ", ".join(f"{row[f'regret_{budget}']:.2f}" for budget in BUDGETS if f"regret_{budget}" in row)
+        (low, high), (band_low, band_high) = row["tau_range"], row["tau_bands_range"]
+        print(
+            f"{row['trained']:3} trained    {row['tau']:7.3f} ({low:.3f} to {high:.3f}){row['tau_bands']:9.3f} "
+            f"({band_low:.3f} to {band_high:.3f})  regret {regrets}"
+        )
     for budget, row in figures["budgets"].items():
         random = ", ".join(f"{regret:.2f} of {count}" for count, regret in row["random"].items())
         print(

@@ -13,11 +13,13 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 
+from bsnas.benchmarks.parts.tabular.corrected import corrected
 from bsnas.benchmarks.parts.tabular.public_table import CodeReader, PublicTable, Row, row_of
 from bsnas.benchmarks.parts.tabular.ranking import against_the_best, ceilings, in_half, ranking, tau_in_bands
 from bsnas.benchmarks.parts.tabular.scored_run import check_run, search_budgets
 from bsnas.benchmarks.parts.timing.turns import append_rows
 from bsnas.benchmarks.tabular import TabularArguments
+from bsnas.engine.evaluation.evaluator import Score
 from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
@@ -118,7 +120,7 @@ def test_a_run_ranks_a_table(tmp_path):
         "--iterations", "1",
     )  # fmt: skip
     done = script(
-        *command, "--scores", "scores.csv", "--rows", "rows.csv", "--method", "plain", "--json", "out.json",
+        *command, "--corrections", "12", "--scores", "scores.csv", "--rows", "rows.csv", "--method", "plain", "--json", "out.json",
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -130,11 +132,18 @@ def test_a_run_ranks_a_table(tmp_path):
     accuracy = {row.code: row.accuracy for row in table.rows}
     expected = kendalltau([float(row["top1"]) for row in scores], [accuracy[row["code"]] for row in scores]).statistic
     assert figures["tau"] == pytest.approx(expected)
+    (learned,) = figures["corrections"]
+    assert learned["trained"] == 12
+    assert learned["tau_range"][0] <= learned["tau"] <= learned["tau_range"][1] <= 1
+    assert " 12 trained" in done.stdout
     (line,) = csv.DictReader((tmp_path / "rows.csv").open())
     assert (line["table"], line["half"], line["method"], line["seed"]) == ("nas-bench-macro", "all", "plain", "0")
     assert line["command"] == shlex.join(sys.argv)
     assert float(line["minutes"]) == 0
 
+    few = script(*command, "--corrections", "5", cwd=tmp_path)
+    assert few.returncode == 2
+    assert "corrections from 5 networks; give numbers from 10 to less than the" in few.stderr
     half = script(*command, "--half", "report", "--json", "half.json", cwd=tmp_path)
     assert half.returncode == 0, half.stderr
     assert 0 < json.loads((tmp_path / "half.json").read_text())["networks"] < figures["networks"]
@@ -200,3 +209,12 @@ def test_accuracies_that_are_none_make_no_table(accuracy, tmp_path):
     (tmp_path / "table.json").write_text(json.dumps({"0": row}))
     with pytest.raises(UserError, match="is no public table"):
         PublicTable.read(tmp_path / "table.json")
+
+
+def test_a_correction_that_learns_from_many_trainings_finds_what_they_have_in_common(tmp_path):
+    table = PublicTable.read(small_table(tmp_path / "table.json"))
+    networks = {arch: row._replace(accuracies=(100 - row.macs / 2e6,)) for arch, row in table.distinct.items()}
+    scores = [Score(0.5, 0.9, 1.0, 10, 5, 9) for _ in networks]
+    many = corrected(table.space, networks, scores, len(networks) - 4)
+    assert many["tau"] > 0.5
+    assert many["regret_80_range"][0] <= many["regret_80"] <= many["regret_80_range"][1]
