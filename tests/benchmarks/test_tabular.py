@@ -120,7 +120,8 @@ def test_a_run_ranks_a_table(tmp_path):
         "--iterations", "1",
     )  # fmt: skip
     done = script(
-        *command, "--corrections", "12", "--scores", "scores.csv", "--rows", "rows.csv", "--method", "plain", "--json", "out.json",
+        *command, "--corrections", "12", "--scores", "scores.csv", "--rows", "rows.csv", "--method", "plain",
+        "--json", "out.json",
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
