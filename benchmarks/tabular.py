@@ -186,7 +186,8 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
         lines = [{"code": r.code, "top1": round(s.top1, 6), "loss": round(s.loss, 6)} for r, s in pairs]
         write_csv(arguments.scores, lines)
     if arguments.rows is not None:
-        append_rows(arguments.rows, [line_of(table, figures, trained, arguments)])
+        line = line_of(table, figures, trained, arguments)
+        append_rows(arguments.rows, [line, *(corrected_line(line, row) for row in figures["corrections"])])
     return figures
 
 
@@ -243,12 +244,20 @@ def line_of(
     }
 
 
+def corrected_line(line: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """The line of a correction."""
+    regrets = {f"regret_{budget}": round(row.get(f"regret_{budget}", float("nan")), 3) for budget in BUDGETS}
+    taus = {key: round(row[key], 4) for key in ("tau", "tau_bands")}
+    return {**line, "method": f"{line['method']}, corrected by {row['trained']} trainings", **taus, **regrets}
+
+
 def repeating(arguments: TabularArguments, figures: Mapping[str, Any]) -> str:
     """The command without the paths of this machine."""
     words = ["python benchmarks/tabular.py", "--table", arguments.table.name, "--images", "IMAGES", "--run", "RUN"]
     words += ["--method", str(arguments.method), "--seed", str(figures["seed"])]
     words += ["--half", arguments.half] if arguments.half else []
     words += ["--population", str(arguments.population), "--iterations", str(arguments.iterations)]
+    words += ["--corrections", *map(str, arguments.corrections)] if arguments.corrections else []
     return " ".join([*words, "--bn", figures["bn"], "--score", figures["score"], "--rows", "ROWS"])
 
 

@@ -137,7 +137,9 @@ def test_a_run_ranks_a_table(tmp_path):
     assert learned["trained"] == 12
     assert learned["tau_range"][0] <= learned["tau"] <= learned["tau_range"][1] <= 1
     assert " 12 trained" in done.stdout
-    (line,) = csv.DictReader((tmp_path / "rows.csv").open())
+    line, corrected_line = csv.DictReader((tmp_path / "rows.csv").open())
+    assert corrected_line["method"] == "plain, corrected by 12 trainings"
+    assert float(corrected_line["tau"]) == pytest.approx(learned["tau"], abs=1e-4)
     assert (line["table"], line["half"], line["method"], line["seed"]) == ("nas-bench-macro", "all", "plain", "0")
     assert line["command"] == shlex.join(sys.argv)
     assert float(line["minutes"]) == 0
