@@ -151,6 +151,10 @@ class Listing:
     """How many files are no image, by the rule that says so."""
 
 
+OUTSIDE = "outside of the class directories"
+"""Why a file is left out that lies beside them."""
+
+
 def is_hidden(path: str) -> bool:
     """Whether a path, or a directory on it, is hidden or a system's own: every reader of a source leaves it out."""
     return any(part in CLUTTER or (part.startswith(".") and part not in (".", "..")) for part in path.split("/"))
@@ -166,6 +170,13 @@ def unread_image(suffix: str) -> str | None:
 def left_out(suffix: str) -> str:
     """The rule by which a file is left out whose suffix is of no image."""
     return f"named {suffix}" if suffix else "without a suffix"
+
+
+def count_files(entry: "os.DirEntry[str]") -> int:
+    """How many files an entry of a directory is: itself, or all below it."""
+    if not entry.is_dir(follow_symlinks=False):
+        return 1
+    return sum(len(files) for _, _, files in os.walk(entry.path))
 
 
 def find_classes(root: Path) -> tuple[str, ...]:
@@ -217,6 +228,10 @@ def list_images(directory: Path, classes: Sequence[str]) -> Listing:
     listing.
     """
     listing = Listing()
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name not in classes and (count := count_files(entry)):
+                listing.left_out[HIDDEN if is_hidden(entry.name) else OUTSIDE] += count
     status = os.stat(directory)
     top = ((status.st_dev, status.st_ino),)
     for label, name in enumerate(classes):
@@ -261,7 +276,7 @@ def _walk(
         with os.scandir(directory) as entries:
             for entry in entries:
                 if is_hidden(entry.name):
-                    listing.left_out[HIDDEN] += 1
+                    listing.left_out[HIDDEN] += count_files(entry)
                 else:
                     _add(entry, f"{prefix}/{entry.name}", label, found, listing, inside)
     except OSError as error:

@@ -26,6 +26,10 @@ BATCH_PIXELS = 64_000_000
 """Most pixels that are decoded at once, unless one image has more."""
 MAX_MEGAPIXELS = 100
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000")
+BEGINNINGS = {
+    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"RIFF": "WEBP", b"II*\0": "TIFF", b"MM\0*": "TIFF",
+    b"\0\0\0\x0cjP": "JPEG2000", b"BM": "BMP",
+}  # fmt: skip
 CHANNELS = {"1": 1, "L": 1, "LA": 2, "P": 3, "PA": 4, "RGBA": 4, "RGBX": 4, "CMYK": 4}
 
 fn: Any = nvidia.dali.fn
@@ -194,7 +198,9 @@ def read_header(content: bytes, max_pixels: int) -> Outcome:
     except Image.DecompressionBombError:
         return Fault(f"has more pixels than are allowed ({max_pixels // 1_000_000} million)")
     except Exception:  # Pillow's readers of damaged headers raise all kinds
-        return Fault(f"is no image (it begins with {content[:8]!r})")
+        begun = next((name for start, name in BEGINNINGS.items() if content.startswith(start)), None)
+        more = f", as a {begun} that is damaged or cut off" if begun else ""
+        return Fault(f"is no image (it begins with {content[:8]!r}{more})")
     if kind not in FORMATS:
         return Fault(f"is a {kind} file, which the decoder does not read; convert it to JPEG or PNG")
     if reason := why_not_read(kind, mode, content):

@@ -187,7 +187,7 @@ def check_samples(reader: Reader, preparation: Preparation) -> Found:
 
         for item in reader.samples():
             if isinstance(item, LeftOut):
-                found.left_out[item.rule] += item.count
+                found.left_out += Counter({item.rule: item.count})
                 continue
             found.total += 1
             if isinstance(item, Problem):

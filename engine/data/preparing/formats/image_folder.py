@@ -8,7 +8,7 @@ from typing import Literal
 
 from bsnas.engine.data.checking.outcomes import stamp_of
 from bsnas.engine.data.contents import read_file
-from bsnas.engine.data.file_list import IMAGE_SUFFIXES, Listing, is_hidden, list_images
+from bsnas.engine.data.file_list import HIDDEN, IMAGE_SUFFIXES, Listing, count_files, is_hidden, list_images
 from bsnas.engine.data.preparing.formats.sample import (
     EVERYTHING,
     PARTS,
@@ -45,6 +45,12 @@ class ImageFolderReader:
             LeftOut(TEST_LEFT_OUT, _count_images(directory / parts[part])) for part in parts if part not in used
         ]
         folders = {used[part]: directory / parts[part] for part in used} or {EVERYTHING: directory}
+        if parts:
+            with os.scandir(directory) as entries:
+                beside = [entry for entry in entries if entry.name not in parts.values()]
+                for entry in beside:
+                    rule = HIDDEN if is_hidden(entry.name) else "outside of the parts"
+                    self._left_out.append(LeftOut(rule, count_files(entry)))
         self._listings: list[tuple[str, Path, Listing]] = []
         for part, folder in sorted(folders.items()):
             classes = _folders(folder)
