@@ -4,11 +4,13 @@ python search/evolve.py --run runs/digits --max-macs 2M
 python search/evolve.py --run runs/digits --max-latency-ms 0.9 --max-params 200K
 python search/evolve.py --run runs/digits --objectives top1,macs,latency
 python search/evolve.py --run runs/imagenet --budgets 200M,300M,465M,613M
+python search/evolve.py --run runs/digits --max-macs 2M --correction
 deepspeed search/evolve.py --run runs/imagenet --max-macs 465M
 
 The defaults are the paper's. A second call with the same arguments continues or returns what is stored. With other
 limits every evaluation that the run directory knows is taken from there, and what earlier searches found inside the
-limits counts too. Latencies come from a table of search/latency.py; the last few networks are timed beside it.
+limits counts too. --correction learns from the networks that search/finals.py has trained. Latencies come from a table
+of search/latency.py; the last few networks are timed beside it.
 """
 
 import sys

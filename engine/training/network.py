@@ -73,7 +73,8 @@ class NetworkTraining(Training):
         epochs: int | None = None,
         start: Path | None = None,
     ) -> None:
-        """
+        """Begin, or continue what is in `directory`.
+
         Args:
             request: what `directory` is claimed for.
             images: by default all of train/, the search-validation images included.

@@ -1,7 +1,8 @@
 """What a search writes into its run directory, and how it goes on from there.
 
 search/NAME.json    all generations of one search, what it was asked for, and what its scores depend on
-search/best.json    the best architecture inside the limits of the latest search: what retraining takes
+search/best.json    the best architecture inside the limits of the latest search: what retraining takes; and those that
+                    follow it, for the finals
 search/pareto.json  the accuracy-MACs front
 The last two are over every search whose scores are comparable, since one supernet serves many budgets.
 
