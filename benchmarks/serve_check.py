@@ -123,8 +123,9 @@ class Server:
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own kinds, one per status code
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(f"ONNX Runtime cannot run {model}: {reason}; export it as fp32, fp16 or int8") from None
+            raise UserError(
+                f"ONNX Runtime cannot run {model}: {first_line(error)}; export it as fp32, fp16 or int8"
+            ) from None
         facts = self._session.get_modelmeta().custom_metadata_map
         missing = {"classes", "input", "mean", "std"} - facts.keys()
         if missing:

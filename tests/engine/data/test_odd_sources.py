@@ -85,6 +85,14 @@ def test_what_a_system_left_is_left_out_by_every_reader(folder, tmp_path):
     assert prepared.left_out == {"hidden or of the system": TRAIN + VAL + 1}
 
 
+def test_a_hidden_archive_does_not_tell_what_a_source_is(folder, tmp_path):
+    source = classes_named(tmp_path / "plain", some_image(folder), "a", "b")
+    (source / "a" / "._shard.tar").write_bytes(b"AppleDouble")
+    (source / ".cache" / "deep").mkdir(parents=True)
+    prepared = prepare_source(source, tmp_path / "out", val_share=0.25)
+    assert (prepared.classes, sum(map(len, prepared.parts.values()))) == (("a", "b"), 24)
+
+
 def test_members_with_one_key_are_all_kept(folder, tmp_path):
     content, source = some_image(folder), tmp_path / "shards"
     source.mkdir()

@@ -4,6 +4,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
+from bsnas.engine.data.file_list import is_hidden
 from bsnas.engine.data.preparing.formats.csv_list import CsvReader
 from bsnas.engine.data.preparing.formats.image_folder import ImageFolderReader
 from bsnas.engine.data.preparing.formats.imagenet import TRAIN, ImageNetReader
@@ -70,12 +71,13 @@ def _recognise(source: Path) -> SourceFormat:
 
 def _has_class_directories(source: Path) -> bool:
     """Whether there is a directory below a directory: part/class or class alone with images, not shards."""
-    return any(path.is_dir() for part in source.iterdir() if part.is_dir() for path in part.iterdir())
+    parts = [part for part in source.iterdir() if part.is_dir() and not is_hidden(part.name)]
+    return any(path.is_dir() and not is_hidden(path.name) for part in parts for path in part.iterdir())
 
 
 def _first_archive(source: Path) -> Path | None:
     """A Parquet, tar or TFRecord file among the first files of a directory."""
-    some = islice(source.rglob("*"), LOOKED_AT)
+    some = (path for path in islice(source.rglob("*"), LOOKED_AT) if not is_hidden(str(path.relative_to(source))))
     return next((path for path in some if path.suffix in (".parquet", ".tar") or is_tfrecord(path)), None)
 
 

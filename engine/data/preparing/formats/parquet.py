@@ -15,7 +15,7 @@ from bsnas.engine.data.preparing.formats.sample import (
     files_and_parts,
     sample_name,
 )
-from bsnas.engine.host.errors import UserError
+from bsnas.engine.host.errors import UserError, first_line
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "target")
@@ -53,7 +53,7 @@ class ParquetReader:
                         yield _sample(file, part, number, row[image], row[label], classes)
                         number += 1
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file} cannot be read as Parquet: {str(error).splitlines()[0]}; bring it back") from None
+            raise UserError(f"{file} cannot be read as Parquet: {first_line(error)}; bring it back") from None
 
 
 def _sample(file: Path, part: str, number: int, image: Any, label: Any, classes: ClassNames) -> Sample | Problem:
