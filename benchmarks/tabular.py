@@ -34,6 +34,7 @@ from bsnas.benchmarks.parts.tabular.methods import METHODS, train
 from bsnas.benchmarks.parts.tabular.public_table import PublicTable
 from bsnas.benchmarks.parts.tabular.ranking import BUDGETS, Half, against_the_best, ceilings, in_half, ranking
 from bsnas.benchmarks.parts.tabular.scored_run import check_run, search_budgets
+from bsnas.benchmarks.parts.tabular.worth import print_worth, worth
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.benchmarks.parts.timing.turns import append_rows, write_csv
 from bsnas.engine.config import ScoreName
@@ -178,8 +179,10 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
         "rank": {budget: row["rank"] for budget, row in found_rows.items()},
         "budgets": found_rows,
         "corrections": [corrected(table.space, networks, scores, count) for count in arguments.corrections],
+        "worth": worth(table.space, networks, [score.top1 for score in scores]),
         **provenance(),
     }
+    print_worth(figures["worth"], table.space)
     print_ranking(figures)
     if arguments.scores is not None:
         pairs = zip(rows, scores, strict=True)

@@ -17,6 +17,7 @@ from bsnas.benchmarks.parts.tabular.corrected import corrected
 from bsnas.benchmarks.parts.tabular.public_table import CodeReader, PublicTable, Row, row_of
 from bsnas.benchmarks.parts.tabular.ranking import against_the_best, ceilings, in_half, ranking, tau_in_bands
 from bsnas.benchmarks.parts.tabular.scored_run import check_run, search_budgets
+from bsnas.benchmarks.parts.tabular.worth import worth
 from bsnas.benchmarks.parts.timing.turns import append_rows
 from bsnas.benchmarks.tabular import TabularArguments
 from bsnas.engine.evaluation.evaluator import Score
@@ -24,7 +25,9 @@ from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.runs.commands import recorded
+from bsnas.engine.space.arch import Operation
 from bsnas.engine.space.cost import CostModel
+from bsnas.engine.space.sampling import fair_round
 from bsnas.engine.space.spaces import space_named
 from bsnas.search.algorithms.evolution import EvolutionConfig
 from tests import script
@@ -221,3 +224,17 @@ def test_a_correction_that_learns_from_many_trainings_finds_what_they_have_in_co
     many = corrected(table.space, networks, scores, len(networks) - 4)
     assert many["tau"] > 0.5
     assert many["regret_80_range"][0] <= many["regret_80"] <= many["regret_80_range"][1]
+
+
+def test_what_a_choice_is_worth_is_found_where_choices_add_up(tmp_path):
+    table = PublicTable.read(small_table(tmp_path / "table.json"))
+    gains = {op: number / 10 for number, op in enumerate(sorted({op for ops in table.space.live for op in ops}))}
+    space = table.space
+    archs = [arch for index in range(40) for arch in fair_round(space, 0, index)]
+    networks = {arch: Row("0", 1, 1, (90 + sum(gains[op] for op in arch.operations),)) for arch in archs}
+    rows = worth(space, networks, [0.5] * len(networks))
+    assert len(rows) == sum(len(live) - 1 for live in space.live)
+    for row in rows:
+        first = space.live[row["block"] - 1][0]
+        assert row["table"] == pytest.approx(gains[Operation.parse(row["choice"])] - gains[first])
+        assert row["score"] == pytest.approx(0, abs=1e-9)
