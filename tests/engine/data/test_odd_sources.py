@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bsnas.engine.data.dataset import open_dataset
 from bsnas.engine.data.file_list import CLUTTER, IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, is_hidden
 from bsnas.engine.data.preparing.formats.open_source import open_source
-from bsnas.engine.data.preparing.formats.sample import LeftOut, Problem, Sample
+from bsnas.engine.data.preparing.formats.sample import ClassNames, LeftOut, Problem, Sample
 from bsnas.engine.data.preparing.preparation import summary
 from bsnas.engine.data.preparing.stored_images import Resizing, stored_name
 from bsnas.engine.host.errors import UserError
@@ -316,3 +316,14 @@ def test_names_that_are_no_text_are_printed_all_the_same(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\udce9\n", "caf\\udce9\n")
+
+
+def test_labels_that_would_share_a_directory_are_told_apart():
+    classes = ClassNames(None)
+    assert classes.of("a_b") == "a_b"
+    with pytest.raises(KeyError, match="has label 'a/b', whose directory a_b is that of label 'a_b'; rename one"):
+        classes.of("a/b")
+    for missing in (None, float("nan")):
+        with pytest.raises(KeyError, match="has no label"):
+            classes.of(missing)
+    assert ClassNames(("cat", "dog")).of(1) == "dog"

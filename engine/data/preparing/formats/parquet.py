@@ -27,7 +27,9 @@ class ParquetReader:
 
     def __init__(self, directory: Path, classes: tuple[str, ...] | None) -> None:
         """Raises UserError for a directory without Parquet files."""
-        self._classes = classes
+        self._given = classes
+        self._classes: dict[tuple[str, ...] | None, ClassNames] = {}
+        """By the names of a file's description."""
         files = list(directory.rglob("*.parquet"))
         if not files:
             raise UserError(f"{directory} holds no .parquet files; give the directory of the data set's files")
@@ -46,7 +48,8 @@ class ParquetReader:
         try:
             with pq.ParquetFile(file) as opened:
                 image, label, names = _columns(file, opened.schema_arrow)
-                classes = ClassNames(self._classes or names)
+                names = self._given or names
+                classes = self._classes.setdefault(names, ClassNames(names))
                 number = 0
                 for batch in opened.iter_batches(ROWS, columns=[image, label]):
                     for row in batch.to_pylist():

@@ -142,9 +142,20 @@ class ClassNames:
 
     def __init__(self, names: tuple[str, ...] | None) -> None:
         self.names = names
+        self._by_directory: dict[str, str] = {}
 
     def of(self, label: object) -> str:
-        """The name of a class. Raises KeyError with the reason for a label outside of the known classes."""
+        """The name of a class. Raises KeyError with the reason for a label outside of the known classes, or whose
+        directory would be that of another class."""
+        name = self._name(label)
+        other = self._by_directory.setdefault(safe(name), name)
+        if other != name:
+            raise KeyError(f"has label {name!r}, whose directory {safe(name)} is that of label {other!r}; rename one")
+        return name
+
+    def _name(self, label: object) -> str:
+        if label is None or label != label:  # not a number
+            raise KeyError("has no label")
         if isinstance(label, bytes):
             label = label.decode("utf-8", "replace")
         text = str(label).strip()
