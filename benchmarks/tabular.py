@@ -45,6 +45,7 @@ from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.facts import RunFacts
+from bsnas.engine.space.arch import Arch
 from bsnas.search.algorithms.correction import LEAST
 from bsnas.search.algorithms.evolution import EvolutionConfig, by_loss, by_top1
 
@@ -174,6 +175,7 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
         **ranking(rows, [-score.loss for score in scores], name="loss"),
         **ranking(rows, [row.macs for row in rows], name="macs"),
         **ranking(rows, [row.params for row in rows], name="params"),
+        **ranking(rows, [blocks_of(arch) for arch in networks], name="blocks"),
         **ceilings(rows),
         "regret": {budget: row["regret"] for budget, row in found_rows.items()},
         "rank": {budget: row["rank"] for budget, row in found_rows.items()},
@@ -194,6 +196,11 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
     return figures
 
 
+def blocks_of(arch: Arch) -> int:
+    """How many blocks are no identity."""
+    return sum(op.block_op.kernel > 0 for op in arch.operations)
+
+
 def print_ranking(figures: Mapping[str, Any]) -> None:
     """A line for each score, and one for each budget."""
     print(f"\n{figures['networks']:,} networks ranked; tau over all, and inside bands of multiply-adds")
@@ -202,6 +209,7 @@ def print_ranking(figures: Mapping[str, Any]) -> None:
         ("one-shot loss", "_loss"),
         ("MACs", "_macs"),
         ("parameters", "_params"),
+        ("blocks", "_blocks"),
     ):
         overall, bands = figures[f"tau{name}"], figures[f"tau{name}_bands"]
         (low, high), (band_low, band_high) = figures[f"tau{name}_interval"], figures[f"tau{name}_bands_interval"]
