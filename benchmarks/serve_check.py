@@ -28,7 +28,7 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
-from bsnas.engine.data.checking.quarantine import describe, describe_left_out
+from bsnas.engine.data.checking.quarantine import describe_left_out
 from bsnas.engine.data.file_list import HIDDEN, IMAGE_SUFFIXES, is_hidden
 from bsnas.engine.data.file_list import left_out as named
 from bsnas.engine.data.index import is_prepared, read_index
@@ -81,10 +81,13 @@ def serve(arguments: ServeArguments) -> dict[str, Any]:
     started = time.perf_counter()
     answers: dict[Path, str] = {}
     for k in range(0, len(files), server.batch):
-        answers |= server.answer(files[k : k + server.batch])
+        batch = files[k : k + server.batch]
+        names = zip(batch, server.answer(batch), strict=True)
+        answers |= {file: name for file, name in names if name is not None}
     seconds = time.perf_counter() - started
     if server.set_aside:
-        print(describe(list(server.set_aside.items()), len(files), "the images given"))
+        first = next(iter(server.set_aside.values()))
+        print(f"{len(server.set_aside)} of {len(files)} images are set aside, the first: {first}")
     if not answers:
         raise UserError(f"none of {len(files)} images can be decoded, the first is {files[0]}; give other --images")
     labelled = [(file.parent.name, name) for file, name in answers.items() if file.parent.name in server.classes]
@@ -145,18 +148,16 @@ class Server:
         self.set_aside: dict[str, str] = {}
         """Images that do not decode, each with the reason."""
 
-    def answer(self, files: Sequence[Path]) -> dict[Path, str]:
-        """The class names of at most a batch of image files; those that do not decode go to `set_aside`."""
+    def answer(self, files: Sequence[Path]) -> list[str | None]:
+        """The class names of at most a batch of image files; None for those that do not decode, see `set_aside`."""
         decoded: dict[Path, npt.NDArray[np.uint8]] = {}
         for file in files:
             try:
-                decoded[file] = served_pixels(file, self._resolution, self._resize, self._channels)
-            except MemoryError:
-                raise
-            except Exception as error:  # Pillow's readers of damaged images raise all kinds
-                self.set_aside[str(file)] = f"cannot be decoded ({first_line(error)})"
+                decoded[file] = self._load(file)
+            except UserError as error:
+                self.set_aside[str(file)] = str(error)
         if not decoded:
-            return {}
+            return [None] * len(files)
         pixels = np.stack(list(decoded.values()))
         if self._fixed and len(pixels) < self.batch:
             pixels = np.concatenate([pixels, np.repeat(pixels[-1:], self.batch - len(pixels), axis=0)])
@@ -168,8 +169,19 @@ class Server:
         if self._called:
             self.network_seconds += time.perf_counter() - started
         self._called = True
-        answers = logits[: len(decoded)].argmax(1)
-        return {file: self.classes[index] for file, index in zip(decoded, answers, strict=True)}
+        classes = dict(zip(decoded, logits[: len(decoded)].argmax(1).tolist(), strict=True))
+        return [self.classes[classes[file]] if file in classes else None for file in files]
+
+    def _load(self, file: Path) -> npt.NDArray[np.uint8]:
+        """Decoded and resized as for the run's evaluation: [H, W, channels]. Raises UserError."""
+        try:
+            return served_pixels(file, self._resolution, self._resize, self._channels)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's readers of damaged images raise all kinds
+            raise UserError(
+                f"image {file} cannot be decoded: {first_line(error)}; remove it or give other --images"
+            ) from None
 
 
 def served_pixels(file: Path, resolution: int, resize: int | None, channels: int) -> npt.NDArray[np.uint8]:

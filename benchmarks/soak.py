@@ -58,13 +58,13 @@ class SoakArguments:
     """File for all counts."""
 
     def __post_init__(self) -> None:
-        counts = self.kills, self.terms, self.mutations, self.images
-        if min(counts) < 1 or not 0 < self.gap < 1000 or not 0 <= self.cold_share <= 1:
+        if min(self.kills, self.terms, self.mutations) < 1 or not 0 < self.gap < 1000 or not 0 <= self.cold_share <= 1:
             raise UserError(
-                f"kills {self.kills}, terms {self.terms}, mutations {self.mutations}, images {self.images}, gap "
-                f"{self.gap}, cold share {self.cold_share}: give counts of at least 1, a gap in seconds above 0 and a "
-                "share from 0 to 1"
+                f"kills {self.kills}, terms {self.terms}, mutations {self.mutations}, gap {self.gap}, cold share "
+                f"{self.cold_share}: give counts of at least 1, a gap in seconds above 0 and a share from 0 to 1"
             )
+        if self.images < 1:
+            raise UserError(f"images {self.images}: give at least 1")
 
 
 def main() -> None:

@@ -83,6 +83,7 @@ RUN = Path("run")
             r"population 7: give a multiple of the \d+ budgets, at least 3x",
         ),
         (lambda: SoakArguments(kills=0), r"kills 0, terms 20, mutations 1000, gap 6.0, cold share 0.1: give counts of"),
+        (lambda: SoakArguments(images=0), r"images 0: give at least 1"),
         (lambda: set_backend("cuda"), r"backend 'cuda' is unknown; allowed are .*; or force none"),
         (
             lambda: choose_backend(torch.ones(1), "triton"),

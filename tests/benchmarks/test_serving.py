@@ -53,7 +53,7 @@ def test_one_channel_images_of_an_index_are_served(tmp_path):
     files = image_files(images_of_run(prepared_run(tmp_path)))
     assert [file.parent.name for file in files] == ["dark"] * 3 + ["light"] * 3
     server = Server(brightness(tmp_path / "a.onnx", ("dark", "light")), batch=6, threads=1)
-    assert server.answer(files) == {file: file.parent.name for file in files}
+    assert server.answer(files) == [file.parent.name for file in files]
 
 
 def test_images_in_shards_are_not_served(tmp_path, monkeypatch):
@@ -74,7 +74,7 @@ def test_images_that_do_not_decode_are_named_and_the_others_served(tmp_path, cap
     figures = serve(ServeArguments(model=model, images=(places,), threads=1, batch=4))
     assert (figures["images"], figures["set_aside"], figures["top1"]) == (6, 1, 1.0)
     told = capsys.readouterr().out
-    assert f"1 of 7 images in the images given cannot be used (14.29%): {places}/dark/odd.jpg cannot be decoded" in told
+    assert f"1 of 7 images are set aside, the first: image {places}/dark/odd.jpg cannot be decoded" in told
     assert "3 files in" in told
     assert "are no images and left out: 2 hidden or of the system, 1 named .txt" in told
     with pytest.raises(

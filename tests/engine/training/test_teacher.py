@@ -83,6 +83,7 @@ def test_a_retraining_has_the_runs_teacher_or_its_own(alone: Process, tmp_path: 
     run = RunDir.create(tmp_path / "run", config)
     trainer = make_trainer(run, config, alone)
     trainer.train_epoch()
+    trainer.writer.wait()
     arch = str(trainer.paths()[0][0])
     figures = retrain(run, RetrainArguments(run=run.path, arch=arch, epochs=1), alone, {})
     assert figures["teacher"] == digest(own)
