@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from bsnas.benchmarks import serve_check
@@ -81,3 +81,45 @@ def test_images_that_do_not_decode_are_named_and_the_others_served(tmp_path, cap
         UserError, match=r"none of 1 images can be decoded, the first is .*odd.jpg; give other --images"
     ):
         serve(ServeArguments(model=model, images=(places / "dark" / "odd.jpg",), run=run))
+
+
+def sides(file: Path) -> Path:
+    """A network of colour images of 8x8 that answers which half is lighter: upper and lower, or left and right."""
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 3, 8, 8])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 2])
+    weight = np.zeros((2, 3, 8, 8), np.float32)
+    weight[0, :, :4], weight[0, :, 4:] = 1, -1
+    weight[1, :, :, :4], weight[1, :, :, 4:] = 1, -1
+    nodes = [
+        helper.make_node("Conv", ["images", "weight"], ["maps"]),
+        helper.make_node("Flatten", ["maps"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "sides", [images], [logits], [numpy_helper.from_array(weight, "weight")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    facts = {"classes": '["upper", "left"]', "input": "normalised", "mean": "[0.5]", "std": "[0.25]"}
+    helper.set_model_props(model, facts)
+    onnx.save(model, file)
+    return file
+
+
+BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}  # fmt: skip
+"""How an upright image is stored under each orientation."""
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_images_are_served_upright(tmp_path, suffix):
+    server = Server(sides(tmp_path / "a.onnx"), batch=8, threads=1)
+    for name in ("upper", "left"):
+        pixels = np.zeros((24, 32, 3), np.uint8)
+        pixels[(slice(12), slice(None)) if name == "upper" else (slice(None), slice(16))] = 255
+        files = []
+        for orientation in range(1, 9):
+            exif, image = Image.Exif(), Image.fromarray(pixels)
+            exif[0x112] = orientation
+            files.append(tmp_path / f"{name}{orientation}.{suffix}")
+            (image.transpose(BACK[orientation]) if orientation in BACK else image).save(files[-1], exif=exif)
+        assert server.answer(files) == [name] * 8
