@@ -19,7 +19,7 @@ from bsnas.engine.data.preparing.preparation import summary
 from bsnas.engine.data.preparing.stored_images import Resizing, stored_name
 from bsnas.engine.host.errors import UserError
 from tests.engine.data.cases import CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, folder_config, write_image_folder
-from tests.engine.data.source_cases import add, error_of, prepare_source
+from tests.engine.data.source_cases import WRITERS, add, error_of, prepare_source
 
 TRAIN, VAL = 3 * TRAIN_PER_CLASS, 3 * VAL_PER_CLASS
 
@@ -268,6 +268,21 @@ def test_what_is_found_is_kept_set_aside_or_left_out(tmp_path_factory, files):
         names = {(sample.part, sample.name) for sample in samples}
         assert len(names) == len(samples)
         assert not [s for s in samples if is_hidden(s.name) or Path(s.name).suffix.lower() in OTHER_IMAGE_SUFFIXES]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_image_of_every_format_is_an_item(folder, tmp_path, kind):
+    sorted(folder.glob("train/ant/*"))[0].write_bytes(b"junk")
+    reader = open_source(WRITERS[kind](folder, tmp_path / "source"), "auto", class_file=None, val_labels=None)
+    items = list(reader.samples())
+    left_out = sum(item.count for item in items if isinstance(item, LeftOut))
+    assert len([item for item in items if not isinstance(item, LeftOut)]) == TRAIN + VAL
+    assert left_out == 0
+    prepared = prepare_source(
+        WRITERS[kind](folder, tmp_path / "again"), tmp_path / "out", max_broken=0.1, class_file=None
+    )
+    assert sum(map(len, prepared.parts.values())) + len(prepared.set_aside) == TRAIN + VAL
+    assert len(prepared.set_aside) == 1
 
 
 def labels_of(source: Path, shards: Path, written: list[str]) -> int:
