@@ -170,6 +170,14 @@ def test_parts_that_are_not_there(folder):
         open_source(folder / "train", "parts", class_file=None, val_labels=None)
 
 
+def test_two_directories_of_one_part_are_told(folder, tmp_path):
+    shutil.copytree(folder / "val", folder / "validation")
+    assert error_of(prepare_source, folder, tmp_path / "out") == (
+        f"{folder} holds train, val, validation, of which several name the same part; join them, or give --format "
+        "classes where they are classes"
+    )
+
+
 def test_a_part_that_is_not_used_is_counted(folder, tmp_path):
     shutil.copytree(folder / "val", folder / "test")
     assert prepare_source(folder, tmp_path / "out").left_out == {"of the part test, where val is there": VAL}

@@ -40,6 +40,12 @@ class ImageFolderReader:
             )
         if layout == "classes" or (layout == "folder" and not _are_parts(directory, parts.values())):
             parts = {}
+        same = [folder for folder in _folders(directory) if PARTS.get(folder.lower()) in parts]
+        if parts and len(same) > len(parts):
+            raise UserError(
+                f"{directory} holds {', '.join(same)}, of which several name the same part; join them, or give "
+                "--format classes where they are classes"
+            )
         used = take_test_for_val(set(parts))
         self._left_out = [
             LeftOut(TEST_LEFT_OUT, _count_images(directory / parts[part])) for part in parts if part not in used
