@@ -258,3 +258,14 @@ def test_a_correction_learns_from_finals_and_ranks_the_next_search(tmp_path, alo
         match="a corrected search with --confidence or several --objectives, which compare one-shot accuracies; leave",
     ):
         search_run(trained, limits, evolution, None, corrected=True, confidence=0.99)
+
+
+def test_without_a_decay_networks_are_compared_as_they_are(tmp_path, alone):
+    trained = searched_run(tmp_path / "run", alone)
+    config = replace(SMALL, networks=2, random=0, decay_epochs=0)
+    found = Finals(trained, config, {}).hold()
+    assert [len(rung["networks"]) for rung in found["rungs"]] == [2]
+    assert Finals(trained, config, {}).hold() == found
+    winner = winner_of_finals(trained.run)
+    assert winner is not None
+    assert winner.epochs == 1
