@@ -21,6 +21,7 @@ from bsnas.engine.host.preemption import handle_signals
 if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
+import torch
 import tyro
 
 from bsnas.engine.config import RunConfig, SafetyConfig
@@ -34,7 +35,7 @@ from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.space_file import space_text
 from bsnas.engine.space.spaces import space_at
 from bsnas.engine.training.supernet import SupernetTraining
-from bsnas.engine.training.teacher import digest
+from bsnas.engine.training.teacher import digest, teacher_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +113,9 @@ def _open_run(path: Path, arguments: TrainArguments) -> tuple[RunDir, RunConfig]
     classes = len(open_dataset(arguments.config.data).classes)
     config = replace(arguments.config, space=replace(arguments.config.space, classes=classes))
     if config.teacher is not None:
-        config = replace(
-            config, teacher=str(Path(config.teacher).absolute()), teacher_sha256=digest(Path(config.teacher))
-        )
+        file = Path(config.teacher).absolute()
+        config = replace(config, teacher=str(file), teacher_sha256=digest(file))
+        teacher_of(config, torch.device("cpu"))  # raises for one of other images or classes, before there is a run
     return RunDir.create(path, config), config
 
 

@@ -13,6 +13,8 @@ from bsnas.engine.host.distributed import Process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.retrain import RetrainArguments, retrain
 from bsnas.engine.runs.rundir import RunDir
+from bsnas.engine.train import TrainArguments
+from bsnas.engine.train import _open_run as open_run
 from bsnas.engine.training.distillation import kl_divergence
 from bsnas.engine.training.teacher import Teacher, digest, teacher_of
 from tests.engine.training.cases import make_trainer, tiny_config
@@ -134,3 +136,17 @@ def test_a_weight_is_a_share(cache):
     for weight in (0, 1.5, float("nan")):
         with pytest.raises(UserError, match=r"teacher weight .*; it must be above 0 and at most 1, as 0.5"):
             replace(tiny_config(cache), teacher_weight=weight)
+
+
+def test_a_teacher_that_does_not_fit_leaves_no_run_behind(tmp_path, cache):
+    config = tiny_config(cache)
+    for suffix, network, message in ((".pt", Small(11), r"gives \[2, 11\] for two images"), (".pt2", None, None)):
+        file = saved(tmp_path, suffix, network)
+        arguments = TrainArguments(config=replace(config, teacher=str(file)), run=tmp_path / "run")
+        if message:
+            with pytest.raises(UserError, match=message):
+                open_run(tmp_path / "run", arguments)
+            assert not (tmp_path / "run").exists()
+        else:
+            _, opened = open_run(tmp_path / "run", arguments)
+            assert (opened.teacher, opened.teacher_sha256) == (str(file), digest(file))
