@@ -30,6 +30,7 @@ if __name__ == "__main__":
     handle_signals()  # before the imports below, which take seconds
 
 from bsnas.benchmarks.parts.tabular.corrected import corrected
+from bsnas.benchmarks.parts.tabular.finals import finals, print_finals
 from bsnas.benchmarks.parts.tabular.methods import METHODS, train
 from bsnas.benchmarks.parts.tabular.public_table import PublicTable
 from bsnas.benchmarks.parts.tabular.ranking import BUDGETS, Half, against_the_best, ceilings, in_half, ranking
@@ -74,6 +75,8 @@ class TabularArguments:
     """Generations after the first, random one."""
     corrections: tuple[int, ...] = ()
     """Also rank by corrections that learn from one training in the table of so many networks, as 14 30 50."""
+    finals: bool = False
+    """Also hold finals by the table's trainings: of the best by score, then of the best by a correction."""
     scores: Path | None = None
     """File for the scores of every network that was ranked (CSV)."""
     rows: Path | None = None
@@ -95,6 +98,7 @@ class TabularArguments:
             self.rows,
             self.images,
             self.corrections,
+            self.finals,
             sizes_given,
         )
         if self.run is None and any(about_scores):
@@ -164,6 +168,7 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
         found = search_budgets(evaluator, networks, config, by_loss if score == "loss" else by_top1)
     if not process.is_main:
         return {}
+    values = [-one.loss if score == "loss" else one.top1 for one in scores]
     found_rows = {budget: against_the_best(rows, row, budget) for budget, row in found.items()}
     figures = {
         "half": arguments.half,
@@ -181,18 +186,22 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
         "rank": {budget: row["rank"] for budget, row in found_rows.items()},
         "budgets": found_rows,
         "corrections": [corrected(table.space, networks, scores, count) for count in arguments.corrections],
+        "finals": finals(table.space, networks, scores, values) if arguments.finals else [],
         "worth": worth(table.space, networks, [score.top1 for score in scores]),
         **provenance(),
     }
     print_worth(figures["worth"], table.space)
     print_ranking(figures)
+    if figures["finals"]:
+        print_finals(figures["finals"])
     if arguments.scores is not None:
         pairs = zip(rows, scores, strict=True)
         lines = [{"code": r.code, "top1": round(s.top1, 6), "loss": round(s.loss, 6)} for r, s in pairs]
         write_csv(arguments.scores, lines)
     if arguments.rows is not None:
         line = line_of(table, figures, trained, arguments)
-        append_rows(arguments.rows, [line, *(corrected_line(line, row) for row in figures["corrections"])])
+        more = [*figures["corrections"], *figures["finals"]]
+        append_rows(arguments.rows, [line, *(further_line(line, row) for row in more)])
     return figures
 
 
@@ -255,11 +264,12 @@ def line_of(
     }
 
 
-def corrected_line(line: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """The line of a correction."""
-    regrets = {f"regret_{budget}": round(row.get(f"regret_{budget}", float("nan")), 3) for budget in BUDGETS}
-    taus = {key: round(row[key], 4) for key in ("tau", "tau_bands")}
-    return {**line, "method": f"{line['method']}, corrected by {row['trained']} trainings", **taus, **regrets}
+def further_line(line: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """The line of a correction, or of finals, which rank nothing."""
+    regrets = {f"regret_{b}": round(row[f"regret_{b}"], 3) if f"regret_{b}" in row else "" for b in BUDGETS}
+    taus = {key: round(row[key], 4) if key in row else "" for key in ("tau", "tau_bands")}
+    how = "corrected by {} trainings" if "tau" in row else "finals of {} trainings"
+    return {**line, "method": f"{line['method']}, {how.format(row['trained'])}", **taus, **regrets}
 
 
 def repeating(arguments: TabularArguments, figures: Mapping[str, Any]) -> str:
@@ -268,6 +278,7 @@ def repeating(arguments: TabularArguments, figures: Mapping[str, Any]) -> str:
     words += ["--method", str(arguments.method), "--seed", str(figures["seed"])]
     words += ["--half", arguments.half] if arguments.half else []
     words += ["--population", str(arguments.population), "--iterations", str(arguments.iterations)]
+    words += ["--finals"] if arguments.finals else []
     words += ["--corrections", *map(str, arguments.corrections)] if arguments.corrections else []
     return " ".join([*words, "--bn", figures["bn"], "--score", figures["score"], "--rows", "ROWS"])
 

@@ -14,6 +14,7 @@ import torch
 from scipy.stats import kendalltau
 
 from bsnas.benchmarks.parts.tabular.corrected import corrected
+from bsnas.benchmarks.parts.tabular.finals import finals
 from bsnas.benchmarks.parts.tabular.public_table import CodeReader, PublicTable, Row, row_of
 from bsnas.benchmarks.parts.tabular.ranking import against_the_best, ceilings, in_half, ranking, tau_in_bands
 from bsnas.benchmarks.parts.tabular.scored_run import check_run, search_budgets
@@ -238,3 +239,19 @@ def test_what_a_choice_is_worth_is_found_where_choices_add_up(tmp_path):
         first = space.live[row["block"] - 1][0]
         assert row["table"] == pytest.approx(gains[Operation.parse(row["choice"])] - gains[first])
         assert row["score"] == pytest.approx(0, abs=1e-9)
+
+
+def test_finals_find_the_best_by_a_good_score_and_learn_where_a_bad_one_errs():
+    space = space_named("nas-bench-macro")
+    macs = CostModel(space).macs
+    archs = list(dict.fromkeys(arch for index in range(200) for arch in fair_round(space, 0, index)))
+    networks = {a: Row("0", int(macs(a)), 1, (90 + macs(a) / 1e8 + n % 7 / 100,)) for n, a in enumerate(archs)}
+    scores = [Score(0.5, 0.9, 1.0, 10, 5, 9) for _ in networks]
+    good = finals(space, networks, scores, [row.accuracy for row in networks.values()])
+    assert [row["trained"] for row in good] == [8, 22, 30]
+    assert good[0]["regret_80"] == 0
+    assert good[0]["random_80"] > 0
+    bad = finals(space, networks, scores, [-row.accuracy for row in networks.values()])
+    assert bad[0]["regret_80"] > bad[1]["regret_80"] >= bad[2]["regret_80"]
+    low, high = bad[1]["regret_80_interval"]
+    assert low <= bad[1]["regret_80"] <= high
