@@ -20,7 +20,7 @@ from bsnas.engine.space.space import Sharing, Space
 from bsnas.engine.training.supernet import SupernetTraining
 
 EPOCHS = 12
-"""Passes over the training images, those of all paths counted: 40 minutes on two cores of 2026."""
+"""Passes over the training images, those of all paths counted."""
 VAL_PER_CLASS = 200
 
 
