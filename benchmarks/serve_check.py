@@ -29,8 +29,7 @@ import onnxruntime
 from PIL import Image
 
 from bsnas.engine.data.checking.quarantine import describe_left_out
-from bsnas.engine.data.file_list import HIDDEN, IMAGE_SUFFIXES, is_hidden
-from bsnas.engine.data.file_list import left_out as named
+from bsnas.engine.data.file_list import HIDDEN, IMAGE_SUFFIXES, is_hidden, rule_of
 from bsnas.engine.data.index import is_prepared, read_index
 from bsnas.engine.data.pillow_image import upright
 from bsnas.engine.host.errors import UserError, first_line
@@ -235,7 +234,7 @@ def image_files(places: Sequence[Path]) -> list[Path]:
             elif file.suffix.lower() in IMAGE_SUFFIXES:
                 found.append(file)
             else:
-                left_out[named(file.suffix.lower())] += 1
+                left_out[rule_of(file.suffix.lower())] += 1
     if left_out:
         print(describe_left_out(left_out, ", ".join(map(str, places))))
     if not found:

@@ -103,8 +103,8 @@ class TabularArguments:
         )
         if self.run is None and any(about_scores):
             raise UserError(
-                "--half, --bn, --score, --population, --iterations, --corrections, --scores, --rows and --images are "
-                "about the scores of a run; give --run, or leave them out"
+                "--half, --bn, --score, --population, --iterations, --corrections, --finals, --scores, --rows and "
+                "--images are about the scores of a run; give --run, or leave them out"
             )
         if self.images is not None and self.method not in METHODS:
             raise UserError(f"--images with --method {self.method}; allowed are {', '.join(METHODS)}")
@@ -252,12 +252,10 @@ def line_of(
         "half": figures["half"] or "all",
         "method": arguments.method,
         "seed": figures["seed"],
-        "tau": round(figures[f"tau{suffix}"], 4),
-        "tau_bands": round(figures[f"tau{suffix}_bands"], 4),
-        **{
-            f"regret_{budget}": round(figures["regret"][budget], 3) if budget in figures["regret"] else ""
-            for budget in BUDGETS
-        },
+        **cells(
+            {"tau": figures[f"tau{suffix}"], "tau_bands": figures[f"tau{suffix}_bands"]}
+            | {f"regret_{budget}": regret for budget, regret in figures["regret"].items()}
+        ),
         "minutes": round(sum(command.get("seconds", 0) for command in trainings) / 60, 1),
         "command": repeating(arguments, figures) if arguments.images else trainings[0]["command"] if trainings else "",
         "commit": figures["commit"],
@@ -266,10 +264,14 @@ def line_of(
 
 def further_line(line: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """The line of a correction, or of finals, which rank nothing."""
-    regrets = {f"regret_{b}": round(row[f"regret_{b}"], 3) if f"regret_{b}" in row else "" for b in BUDGETS}
-    taus = {key: round(row[key], 4) if key in row else "" for key in ("tau", "tau_bands")}
     how = "corrected by {} trainings" if "tau" in row else "finals of {} trainings"
-    return {**line, "method": f"{line['method']}, {how.format(row['trained'])}", **taus, **regrets}
+    return {**line, "method": f"{line['method']}, {how.format(row['trained'])}", **cells(row)}
+
+
+def cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Taus and regrets of a line, empty where there are none."""
+    places = {"tau": 4, "tau_bands": 4} | {f"regret_{budget}": 3 for budget in BUDGETS}
+    return {key: round(row[key], digits) if key in row else "" for key, digits in places.items()}
 
 
 def repeating(arguments: TabularArguments, figures: Mapping[str, Any]) -> str:

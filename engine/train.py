@@ -114,8 +114,9 @@ def _open_run(path: Path, arguments: TrainArguments) -> tuple[RunDir, RunConfig]
     config = replace(arguments.config, space=replace(arguments.config.space, classes=classes))
     if config.teacher is not None:
         file = Path(config.teacher).absolute()
-        config = replace(config, teacher=str(file), teacher_sha256=digest(file))
+        config = replace(config, teacher=str(file))
         teacher_of(config, torch.device("cpu"))  # raises for one of other images or classes, before there is a run
+        config = replace(config, teacher_sha256=digest(file))
     return RunDir.create(path, config), config
 
 

@@ -182,7 +182,7 @@ class Dataset:
     def open_test(self) -> FileList:
         """List val/, the test set. Only the final test of a retrained network calls this."""
         files = open_part(self.config, self.root, self.classes, self.index, "val")
-        _require_test_images(files, self.root)
+        _require_test_images(len(files), self.root)
         return files
 
 
@@ -201,7 +201,7 @@ def open_dataset(config: DataConfig, split_file: Path | None = None) -> Dataset:
     require_every_class(root / "train", classes, everything.labels.tolist())
     if index:
         require_two_classes(classes, root)
-        _require_test_images(index.part("val"), root)
+        _require_test_images(index.images["val"], root)
     else:
         require_test_images(root / "val", classes)  # what retraining needs at its end
     per_class, seed = config.val_per_class, config.split_seed
@@ -220,8 +220,8 @@ def open_dataset(config: DataConfig, split_file: Path | None = None) -> Dataset:
     )
 
 
-def _require_test_images(files: FileList, root: Path) -> None:
-    if not len(files):
+def _require_test_images(count: int, root: Path) -> None:
+    if not count:
         raise UserError(f"{root} holds no test images; put some into val/CLASS/")
 
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -167,9 +167,18 @@ def unread_image(suffix: str) -> str | None:
     return f"is a {suffix[1:].upper()} file by its name, which the decoder does not read; convert it to JPEG or PNG"
 
 
-def left_out(suffix: str) -> str:
+def rule_of(suffix: str) -> str:
     """The rule by which a file is left out whose suffix is of no image."""
     return f"named {suffix}" if suffix else "without a suffix"
+
+
+def images_below(directory: Path) -> Iterator[str]:
+    """The files below a directory that have the names of images and are not hidden, in no order."""
+    for place, directories, files in os.walk(directory):
+        directories[:] = [name for name in directories if not is_hidden(name)]
+        for name in files:
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_hidden(name):
+                yield os.path.join(place, name)
 
 
 def count_files(entry: "os.DirEntry[str]") -> int:
@@ -184,7 +193,7 @@ def find_classes(root: Path) -> tuple[str, ...]:
     for part in ("train", "val"):
         if not (root / part).is_dir():
             raise UserError(f"{root} has no directory {part}/; a data set is train/CLASS/IMAGE and val/CLASS/IMAGE")
-    names = {part: _directories(root / part) for part in ("train", "val")}
+    names = {part: directories_in(root / part) for part in ("train", "val")}
     if not names["train"]:
         raise UserError(f"{root / 'train'} holds no class directories; it must be train/CLASS/IMAGE")
     require_two_classes(names["train"], root / "train")
@@ -197,7 +206,7 @@ def find_classes(root: Path) -> tuple[str, ...]:
     return tuple(names["train"])
 
 
-def require_two_classes(classes: Sequence[str], where: Path) -> None:
+def require_two_classes(classes: Sequence[str], where: Path | str) -> None:
     """Raises UserError for a single class, which every network tells from nothing."""
     if len(classes) < 2:
         raise UserError(
@@ -208,11 +217,8 @@ def require_two_classes(classes: Sequence[str], where: Path) -> None:
 
 def require_test_images(directory: Path, classes: Sequence[str]) -> None:
     """Raises UserError when no class directory of val/ holds a file with the name of an image. Looks for the first."""
-    for name in classes:
-        for _, directories, files in os.walk(directory / name):
-            directories[:] = [inside for inside in directories if not is_hidden(inside)]
-            if any(os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not is_hidden(file) for file in files):
-                return
+    if any(image for name in classes for image in images_below(directory / name)):
+        return
     flat = sum(os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES for entry in os.scandir(directory))
     cause = f" ({flat} lie in it without a class, as ImageNet's archive unpacks them)" if flat else ""
     raise UserError(
@@ -253,7 +259,8 @@ def require_every_class(directory: Path, classes: Sequence[str], labels: Sequenc
         )
 
 
-def _directories(path: Path) -> list[str]:
+def directories_in(path: Path) -> list[str]:
+    """Sorted names of the directories in one, those that are hidden left out. Raises OSError."""
     with os.scandir(path) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
 
@@ -303,6 +310,6 @@ def _add(
         elif reason := unread_image(suffix):
             listing.problems.append((name, reason))
         else:
-            listing.left_out[left_out(suffix)] += 1
+            listing.left_out[rule_of(suffix)] += 1
     except OSError as error:
         listing.problems.append((name, f"cannot be read ({error.strerror})"))

@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 UNLIKE = {("TIFF", "LA"), ("TIFF", "PA"), ("TIFF", "LAB"), ("JPEG2000", "YCbCr")}
+"""Formats and modes that DALI and Pillow decode to different pixels."""
 _SYCC = b"colr\x01\0\0\0\0\0\x12"
 """In the header of a JPEG 2000 file in YCbCr, of which Pillow says that it is RGB."""
-"""Formats and modes that DALI and Pillow decode to different pixels."""
 FLOATS = ("F", "F;16", "F;32")
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 

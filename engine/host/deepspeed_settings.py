@@ -107,19 +107,13 @@ def check_deepspeed_settings(settings: Mapping[str, Any], source: str) -> None:
             f"{source}: zero_optimization is {json.dumps(zero):.80}; allowed is stage 0 alone, because higher stages "
             "move weights of operations that a step did not use; remove it from the DeepSpeed file"
         )
-    # Only what is given is checked: no key is required.
-    errors = [e for e in _errors(settings) if e["type"] != "missing" or len(e["loc"]) > 1]
-    if errors:
-        first = errors[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{source}: {where}: {first['msg']} (it is {first['input']!r:.60}); mend it in the DeepSpeed file"
-        )
-
-
-def _errors(settings: Mapping[str, Any]) -> list[Any]:
     try:
         Settings.model_validate(dict(settings))
     except ValidationError as error:
-        return error.errors()
-    return []
+        # No key of the file itself is required.
+        wrong = [found for found in error.errors() if found["type"] != "missing" or len(found["loc"]) > 1]
+        for first in wrong[:1]:
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(
+                f"{source}: {where}: {first['msg']} (it is {first['input']!r:.60}); mend it in the DeepSpeed file"
+            ) from None

@@ -80,12 +80,15 @@ def _take(held: Path) -> bool:
 
 def _is_stale(owner: str) -> bool:
     match = re.fullmatch(r"(\d+) on (\S+)\n", owner)
-    if match is None or match[2] != socket.gethostname():
-        return False
+    return match is not None and match[2] == socket.gethostname() and not lives(int(match[1]))
+
+
+def lives(pid: int) -> bool:
+    """Whether this machine has such a process."""
     try:
-        os.kill(int(match[1]), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
-        return True
+        return False
     except PermissionError:
         pass
-    return False
+    return True

@@ -35,7 +35,7 @@ from typing import Any
 from bsnas.engine.config import RunConfig, read_config, to_json
 from bsnas.engine.host.atomic import write_atomically, write_error
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.host.locks import exclusive, is_held
+from bsnas.engine.host.locks import exclusive, is_held, lives
 from bsnas.engine.space.space import Space
 
 MAX_JSON_BYTES = 256 << 20
@@ -211,17 +211,7 @@ def _is_locked(inode: int, pid: int | None) -> bool:
         rows = Path("/proc/locks").read_text().splitlines()
         return any(row.split()[5].rsplit(":", 1)[-1] == str(inode) for row in rows if len(row.split()) > 5)
     except OSError:
-        return pid is not None and _lives(pid)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        return pid is not None and lives(pid)
 
 
 def json_bytes(data: Any) -> bytes:

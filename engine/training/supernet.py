@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -166,11 +165,11 @@ class SupernetTraining(Training):
                 progress.rounds += 1
             progress.paths = 0 if ends or sampling.update == "round" else number + 1
             if sampling.update == "path":
-                yield replace(self._step_of([arch], position, batch), decay_power=self.decay_power(arch))
+                yield self._step_of([arch], position, batch, self.decay_power(arch))
         if sampling.update == "round":
             yield self._step_of(paths, self.position, batch)
 
-    def _step_of(self, paths: list[Arch], position: float, batch: int) -> Step:
+    def _step_of(self, paths: list[Arch], position: float, batch: int, decay_power: float = 1.0) -> Step:
         epoch, made = self.progress.epoch, self.progress.passes
 
         def describe(ranks: list[int]) -> str:
@@ -180,7 +179,7 @@ class SupernetTraining(Training):
 
         # Each once, found by its id: a tensor's own hash is Python code.
         parameters = {id(p): p for arch in paths for p in self.network.active_parameters(arch)}
-        return Step(parameters=parameters.values(), position=position, describe=describe)
+        return Step(parameters=parameters.values(), position=position, decay_power=decay_power, describe=describe)
 
     def decay_power(self, arch: Arch) -> float:
         """What the decay of a path's learning rate is raised to, by the size of its network.

@@ -45,8 +45,9 @@ class Teacher:
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [N, classes], float32. Asked again for the same batch, as by the paths of a round, it remembers."""
         if self._logits is None or images is not self._images:
-            self._images, self._logits = images, self._forward(images.float())
-        return self._logits.float() if isinstance(self._logits, Tensor) else self._logits
+            logits = self._forward(images.float())
+            self._images, self._logits = images, logits.float() if isinstance(logits, Tensor) else logits
+        return self._logits
 
 
 def teacher_of(config: RunConfig, device: torch.device) -> Teacher | None:
@@ -68,7 +69,11 @@ def digest(file: Path) -> str:
         with open(file, "rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"the teacher {file} cannot be read: {error.strerror}; give another --teacher") from None
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"the teacher {file} cannot be read: {error.strerror}; give another --teacher")
 
 
 def _opened(file: Path, device: torch.device) -> Forward:
@@ -77,7 +82,10 @@ def _opened(file: Path, device: torch.device) -> Forward:
             f"the teacher {file} is of unknown kind {file.suffix!r}; allowed are TorchScript "
             f"({', '.join(TORCHSCRIPT)}), torch.export ({EXPORTED}) and ONNX ({ONNX})"
         )
-    digest(file)  # tells a file that is not there in the system's words
+    try:
+        open(file, "rb").close()
+    except OSError as error:  # which the libraries below tell in words of their own
+        raise _unreadable(file, error) from None
     try:
         if file.suffix == ONNX:
             return _onnx(file, device)

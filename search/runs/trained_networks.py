@@ -15,12 +15,13 @@ def trained_networks(run: RunDir) -> list[TrainedNetwork]:
     Raises `UserError` for a damaged file.
     """
     found: dict[str, list[TrainedNetwork]] = defaultdict(list)
+    space = run.config().space
     for file in sorted(run.finals.glob("*/rung-1/result.json")):
         content: Any = read_json(file)
         try:
             request, scores = dict(content["request"]), content["scores"]
             arch = Arch.parse(request.pop("arch"))
-            run.config().space.check(arch)
+            space.check(arch)
             network = TrainedNetwork(arch, float(content["one_shot_loss"]), float(scores["top1"]))
         except (TypeError, KeyError, ValueError, UserError) as error:
             raise UserError(

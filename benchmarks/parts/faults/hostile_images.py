@@ -10,7 +10,6 @@ import io
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +77,15 @@ def write_folder(folder: Path, seed: int) -> None:
         file.write_bytes(encoded(picture(rng), suffix, rng))
 
 
-def spoil(folder: Path, seed: int) -> Iterator[bytes]:
-    """Spoil half of the files. Yields what they held."""
+def spoil(folder: Path, seed: int) -> int:
+    """Spoil half of the files. Returns how many."""
     rng = random.Random(f"{seed} spoilt")
+    count = 0
     for file in sorted(folder.glob("*/*/*")):
         if rng.random() < 0.5:
-            content = file.read_bytes()
-            file.write_bytes(spoilt(content, rng))
-            yield content
+            file.write_bytes(spoilt(file.read_bytes(), rng))
+            count += 1
+    return count
 
 
 def read_folder(folder: Path, seed: int, moment: str) -> str:
@@ -99,11 +99,11 @@ def read_folder(folder: Path, seed: int, moment: str) -> str:
         source="folder", path=str(folder), resolution=16, val_per_class=1, max_broken=1.0, threads=4,
         cache_dir=str(folder.parent / f"{folder.name}-cache"),
     )  # fmt: skip
-    count = len(list(spoil(folder, seed))) if moment == "before" else 0
+    count = spoil(folder, seed) if moment == "before" else 0
     try:
         dataset = open_dataset(config)
         if moment == "after":
-            count = len(list(spoil(folder, seed)))
+            count = spoil(folder, seed)
         evaluation_set(dataset.everything, config)
         list(TrainLoader(dataset.train, config, batch_size=FILES // 2, seed=0).epoch(0))
     except UserError as error:

@@ -68,8 +68,8 @@ class ImageChecker(Generic[Key]):
         self._readers = ThreadPoolExecutor(max(2, threads))
         self._reading: deque[tuple[Key, Future[_Described]]] = deque()
         self._together: Pipeline | None = None
-        self._alone: Pipeline | None = None
-        self._peek: Pipeline | None = None
+        self._alone: dict[Callable[[Any], Any], Pipeline] = {}
+        """For one image, by what is done with it."""
         self._fed: list[np.ndarray] = []
 
     def __enter__(self) -> "ImageChecker[Key]":
@@ -144,14 +144,7 @@ class ImageChecker(Generic[Key]):
     def _parses(self, content: bytes) -> bool:
         """Whether the decoder reads the header, asked alone: two that it does not read have ended the process when they
         were in one batch (DALI 2.4)."""
-        self._fed = [np.frombuffer(content, np.uint8)]
-        try:
-            self._peek = self._peek or self._build(1, 1, fn.peek_image_shape)
-            self._peek.run()
-        except RuntimeError:
-            self._peek = None  # a failed pipeline is dead
-            return False
-        return True
+        return self._shape_alone(np.frombuffer(content, np.uint8), fn.peek_image_shape) is not None
 
     def _shapes(self, contents: list[bytes]) -> list[tuple[int, ...] | None]:
         """Decoded height, width and channels of each; None for one that does not decode."""
@@ -159,29 +152,34 @@ class ImageChecker(Generic[Key]):
         if len(contents) == 1:
             return [self._shape_alone(self._fed[0])]
         try:
-            self._together = self._together or self._build(BATCH, self._threads)
+            self._together = self._together or self._build(BATCH, self._threads, self._decode)
             return [tuple(shape) for shape in self._together.run()[0].shape()]
         except RuntimeError:
             self._together = None  # a failed pipeline is dead
             return [self._shape_alone(content) for content in list(self._fed)]
 
-    def _shape_alone(self, content: np.ndarray) -> tuple[int, ...] | None:
+    def _shape_alone(
+        self, content: np.ndarray, operation: Callable[[Any], Any] | None = None
+    ) -> tuple[int, ...] | None:
+        """The shape of what an operation, by default the decoder, gives for an image; None where it refuses it."""
+        operation = operation or self._decode
         self._fed = [content]
         try:
-            self._alone = self._alone or self._build(1, 1)
-            return tuple(self._alone.run()[0].shape()[0])
+            if operation not in self._alone:
+                self._alone[operation] = self._build(1, 1, operation)
+            return tuple(self._alone[operation].run()[0].shape()[0])
         except RuntimeError:
-            self._alone = None
+            self._alone.pop(operation, None)  # a failed pipeline is dead
             return None
 
     def _decode(self, encoded: Any) -> Any:
         return fn.decoders.image(encoded, output_type=output_type(self._channels))
 
-    def _build(self, batch: int, threads: int, operation: Callable[[Any], Any] | None = None) -> Pipeline:
+    def _build(self, batch: int, threads: int, operation: Callable[[Any], Any]) -> Pipeline:
         pipeline = Pipeline(batch, threads, None, prefetch_queue_depth=1, exec_async=False, exec_pipelined=False)
         with pipeline:
             encoded = fn.external_source(lambda: self._fed, batch=True)
-            pipeline.set_outputs((operation or self._decode)(encoded))
+            pipeline.set_outputs(operation(encoded))
         pipeline.build()
         return pipeline
 

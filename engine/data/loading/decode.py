@@ -126,16 +126,8 @@ def undecodable_image(files: FileList, places: Sequence[int], config: DataConfig
         try:
             alone.run()
         except RuntimeError:
-            return UserError(f"image {files.describe(current)} {_fault(files.path(current))}; remove or replace it")
+            return UserError(f"image {files.describe(current)} is damaged or not an image; remove or replace it")
     return error
-
-
-def _fault(path: str) -> str:
-    try:
-        with open(path, "rb") as handle:
-            return "is damaged or not an image" if handle.read(1) else "is empty"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
 
 
 def build(

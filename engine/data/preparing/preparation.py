@@ -109,7 +109,7 @@ def prepare(reader: Reader, preparation: Preparation) -> Prepared:
         classes = tuple(sorted({image.class_name for image in kept if image.part == "train"}))
         if not classes:
             raise UserError(f"the source holds no training images; {found.total} were found in all")
-        require_two_classes(classes, Path("the source"))
+        require_two_classes(classes, "the source")
         parts = {part: _file_list(output, [image for image in kept if image.part == part], classes) for part in PARTS}
         where = output / default_name(preparation.val_per_class, preparation.split_seed)
         where.unlink(missing_ok=True)

@@ -1,14 +1,22 @@
 """ImageFolder: train/CLASS/IMAGE with val/CLASS/IMAGE (or test/), or CLASS/IMAGE alone."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from bsnas.engine.data.checking.outcomes import stamp_of
 from bsnas.engine.data.contents import read_file
-from bsnas.engine.data.file_list import HIDDEN, IMAGE_SUFFIXES, Listing, count_files, is_hidden, list_images
+from bsnas.engine.data.file_list import (
+    HIDDEN,
+    Listing,
+    count_files,
+    directories_in,
+    images_below,
+    is_hidden,
+    list_images,
+)
 from bsnas.engine.data.preparing.formats.sample import (
     EVERYTHING,
     PARTS,
@@ -33,28 +41,17 @@ class ImageFolderReader:
 
         Raises UserError for a directory without class directories, or where both can be meant.
         """
-        parts = {part: folder for folder in _folders(directory) if (part := PARTS.get(folder.lower()))}
-        if layout == "parts" and not parts:
-            raise UserError(
-                f"{directory} holds none of {', '.join(PARTS)}; give --format classes for CLASS/IMAGE alone"
-            )
-        if layout == "classes" or (layout == "folder" and not _are_parts(directory, parts.values())):
-            parts = {}
-        same = [folder for folder in _folders(directory) if PARTS.get(folder.lower()) in parts]
-        if parts and len(same) > len(parts):
-            raise UserError(
-                f"{directory} holds {', '.join(same)}, of which several name the same part; join them, or give "
-                "--format classes where they are classes"
-            )
+        parts = _parts(directory, layout)
         used = take_test_for_val(set(parts))
         self._left_out = [
-            LeftOut(TEST_LEFT_OUT, _count_images(directory / parts[part])) for part in parts if part not in used
+            LeftOut(TEST_LEFT_OUT, sum(1 for _ in images_below(directory / parts[part])))
+            for part in parts
+            if part not in used
         ]
         folders = {used[part]: directory / parts[part] for part in used} or {EVERYTHING: directory}
         if parts:
             with os.scandir(directory) as entries:
-                beside = [entry for entry in entries if entry.name not in parts.values()]
-                for entry in beside:
+                for entry in (entry for entry in entries if entry.name not in parts.values()):
                     rule = HIDDEN if is_hidden(entry.name) else "outside of the parts"
                     self._left_out.append(LeftOut(rule, count_files(entry)))
         self._listings: list[tuple[str, Path, Listing]] = []
@@ -81,36 +78,40 @@ class ImageFolderReader:
                 )
 
 
-def _are_parts(directory: Path, named: Iterable[str]) -> bool:
+def _parts(directory: Path, layout: Layout) -> dict[str, str]:
+    """The directory of each part; none where all directories are classes."""
+    named = [folder for folder in _folders(directory) if folder.lower() in PARTS]
+    if layout == "parts" and not named:
+        raise UserError(f"{directory} holds none of {', '.join(PARTS)}; give --format classes for CLASS/IMAGE alone")
+    if layout == "classes" or (layout == "folder" and not _are_parts(directory, named)):
+        return {}
+    parts = {PARTS[folder.lower()]: folder for folder in named}
+    if len(parts) < len(named):
+        raise UserError(
+            f"{directory} holds {', '.join(named)}, of which several name the same part; join them, or give "
+            "--format classes where they are classes"
+        )
+    return parts
+
+
+def _are_parts(directory: Path, named: Sequence[str]) -> bool:
     """Whether directories with names of parts hold classes, and are no classes themselves, as COCO's train.
 
     Raises UserError where both can be meant: such a directory holds directories, and others beside it hold images.
     """
     holders = [name for name in named if _folders(directory / name)]
-    beside = [name for name in _folders(directory) if name.lower() not in PARTS and _count_images(directory / name, 1)]
+    beside = [name for name in _folders(directory) if name not in named and any(images_below(directory / name))]
     if holders and beside:
         raise UserError(
             f"{directory} can be read in two ways: {', '.join(holders)} as parts of a data set, without "
             f"{', '.join(beside[:3])}; or each of its directories as a class; say which with --format parts or "
             "--format classes"
         )
-    return bool(holders) or not (beside or any(_count_images(directory / name, 1) for name in named))
-
-
-def _count_images(directory: Path, most: int | None = None) -> int:
-    """How many files below a directory have the names of images; no further than `most`."""
-    found = 0
-    for _, directories, files in os.walk(directory):
-        directories[:] = [name for name in directories if not is_hidden(name)]
-        found += sum(os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES for name in files if not is_hidden(name))
-        if most is not None and found >= most:
-            break
-    return found
+    return bool(holders) or not (beside or any(any(images_below(directory / name)) for name in named))
 
 
 def _folders(directory: Path) -> list[str]:
     try:
-        with os.scandir(directory) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
+        return directories_in(directory)
     except OSError as error:
         raise UserError(f"cannot read {directory}: {error.strerror}; mend or remove it") from None

@@ -70,7 +70,7 @@ class Reader(Protocol):
 class UniqueNames:
     """Tells apart images that have the same name: the second becomes NAME~2."""
 
-    def __init__(self, output: Callable[[str, str], str] = lambda part, name: f"{part}/{name}") -> None:
+    def __init__(self, output: Callable[[str, str], str]) -> None:
         """`output`: what of a part and a name must differ."""
         self._output = output
         self._taken: set[str] = set()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from bsnas.engine.data.file_list import HIDDEN, IMAGE_SUFFIXES, is_hidden, left_out, unread_image
+from bsnas.engine.data.file_list import HIDDEN, IMAGE_SUFFIXES, is_hidden, rule_of, unread_image
 from bsnas.engine.data.preparing.formats.archives import range_reader, regular_members, stamp_of_archive
 from bsnas.engine.data.preparing.formats.sample import (
     ClassNames,
@@ -36,11 +36,6 @@ class _Group:
     names: dict[str, str] = field(default_factory=dict)
     """An image's own name, where .json has one, likewise."""
     problems: list[Problem] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
-
-    def with_rest(self) -> "Iterator[_Group | LeftOut]":
-        yield from self.left_out
-        yield self
 
     def about(self, image: str, known: Mapping[str, T]) -> T | None:
         """What a label file says of an image: the one with the image's own name, else the group's only one."""
@@ -104,15 +99,16 @@ def _groups(shard: Path) -> Iterator[_Group | LeftOut]:
         key = str(path.with_name(stem)) if stem else str(path)
         if group is None or key != group.key:
             if group is not None:
-                yield from group.with_rest()
+                yield group
             group = _Group(key)
-        _take(group, shard, member.name, extension.lower(), member.offset_data, member.size, fault)
+        if not _take(group, shard, member.name, extension.lower(), member.offset_data, member.size, fault):
+            yield LeftOut(rule_of(PurePosixPath(member.name).suffix.lower()))
     if group is not None:
-        yield from group.with_rest()
+        yield group
 
 
-def _take(group: _Group, shard: Path, name: str, extension: str, offset: int, size: int, fault: str | None) -> None:
-    """Add one member to its sample."""
+def _take(group: _Group, shard: Path, name: str, extension: str, offset: int, size: int, fault: str | None) -> bool:
+    """Add one member to its sample. Whether it is any part of one."""
     where = f"{shard.name}/{name}"
     last = "." + extension.rpartition(".")[2]
     if fault:
@@ -128,7 +124,8 @@ def _take(group: _Group, shard: Path, name: str, extension: str, offset: int, si
         except (OSError, ValueError, RecursionError):
             group.problems.append(Problem(where, "is no label that can be read"))
     else:
-        group.left_out.append(LeftOut(left_out(last if extension else "")))
+        return False
+    return True
 
 
 def _take_label(group: _Group, kind: str, stem: str, content: bytes) -> None:
