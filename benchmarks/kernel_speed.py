@@ -360,10 +360,14 @@ def folded_block(
 
     def run() -> Tensor:
         with torch.no_grad():
-            h = inference.folded_pointwise(x, expand, biases[0], relu6=True, backend=backend)
-            h = inference.folded_depthwise(h, depthwise, biases[1], stride=shape.stride, relu6=True, backend=backend)
+            h = inference.folded_pointwise(x, expand, biases[0], activation="relu6", backend=backend)
+            h = inference.folded_depthwise(
+                h, depthwise, biases[1], stride=shape.stride, activation="relu6", backend=backend
+            )
             residual = x if shape.residual else None
-            return inference.folded_pointwise(h, project, biases[2], relu6=False, residual=residual, backend=backend)
+            return inference.folded_pointwise(
+                h, project, biases[2], activation=None, residual=residual, backend=backend
+            )
 
     return run
 

@@ -148,31 +148,35 @@ def prepare(case: Case, device: str) -> Callable[[Any], Any]:
         stats, taps = vectors(4, case.inner), vectors(case.kernel**2, case.inner)
         if case.operation == "depthwise_forward":
             return lambda config: depthwise_forward(
-                x, taps, y, stats, case.kernel, case.stride, statistics=True, config=config
+                x, taps, y, stats, case.kernel, case.stride, statistics=True, activation="relu6", config=config
             )
         grad, coefficients, dx = random(*y.shape), vectors(3, case.inner), torch.empty_like(x)
         return lambda config: depthwise_backward(
-            grad, y, coefficients, x, stats, taps, dx, case.kernel, case.stride, config
+            grad, y, coefficients, x, stats, taps, dx, case.kernel, case.stride, "relu6", config
         )
     wide, narrow = random(case.rows, case.inner), random(case.rows, case.outer)
     if case.operation.startswith("pointwise_forward"):
         weight = random(case.outer, case.inner)
         prologue = vectors(4, case.inner) if case.operation.endswith("prologue") else None
-        return lambda config: pointwise_forward(wide, weight, narrow, prologue, statistics=True, config=config)
+        return lambda config: pointwise_forward(
+            wide, weight, narrow, prologue, statistics=True, activation="relu6", config=config
+        )
     grad, dx_wide = random(case.rows, case.inner), torch.empty_like(wide)
     if case.operation == "project_backward":
         weight, y3 = random(case.outer, case.inner), random(case.rows, case.outer)
         coefficients, stats = vectors(3, case.outer), vectors(4, case.inner)
-        return lambda config: project_backward(narrow, y3, coefficients, weight, wide, stats, dx_wide, config)
+        return lambda config: project_backward(
+            narrow, y3, coefficients, weight, wide, stats, dx_wide, activation="relu6", config=config
+        )
     weight, coefficients, dx = random(case.inner, case.outer), vectors(3, case.inner), torch.empty_like(narrow)
     stats = vectors(4, case.inner)
     if case.operation == "expand_backward":
         return lambda config: expand_backward_fused(grad, wide, coefficients, weight, narrow, dx, None, config)
     if case.operation == "input_gradient":
         return lambda config: input_gradient(
-            grad, wide, stats, coefficients, weight, dx, shortcut=None, relu6=False, config=config
+            grad, wide, stats, coefficients, weight, dx, shortcut=None, activation=None, config=config
         )
-    return lambda config: weight_gradient(grad, wide, stats, coefficients, narrow, relu6=False, config=config)
+    return lambda config: weight_gradient(grad, wide, stats, coefficients, narrow, activation=None, config=config)
 
 
 def shape_class(case: Case) -> str:

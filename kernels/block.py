@@ -17,6 +17,13 @@ class BlockShape:
     kernel: int
     """Depthwise kernel size, odd; the padding is kernel // 2."""
     stride: int
+    activation: str = "relu6"
+    """After every norm but the last: relu6 or relu."""
+
+    @property
+    def dims(self) -> list[int]:
+        """The numbers alone."""
+        return [self.in_channels, self.hidden, self.out_channels, self.kernel, self.stride]
 
     @property
     def residual(self) -> bool:

@@ -1,4 +1,4 @@
-"""Convolutions of networks that do not train: batch normalisation folded in, ReLU6 and shortcut fused.
+"""Convolutions of networks that do not train: batch normalisation folded in, activation and shortcut fused.
 
 Two families, equal in meaning on every backend:
 
@@ -37,21 +37,27 @@ def scale_and_shift(norm: torch.nn.BatchNorm2d, mean: Tensor, var: Tensor) -> tu
 
 
 def folded_pointwise(
-    x: Tensor, weight: Tensor, bias: Tensor, *, relu6: bool, residual: Tensor | None = None, backend: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    activation: str | None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """1x1 convolution: x [N, in, H, W], weight [out, in], bias [out] -> [N, out, H, W].
 
-    `relu6` clamps the result to 0..6, `residual` [N, out, H, W] is added to it; not both.
+    The result passes the activation (relu6 or relu), or `residual` [N, out, H, W] is added to it; not both.
     """
-    assert not (relu6 and residual is not None), "a block has no activation after its shortcut"
-    return _backend(backend, x).folded_pointwise(x, weight, bias, relu6=relu6, residual=residual)
+    assert activation is None or residual is None, "a block has no activation after its shortcut"
+    return _backend(backend, x).folded_pointwise(x, weight, bias, activation=activation, residual=residual)
 
 
 def folded_depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, relu6: bool, backend: str | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, activation: str | None, backend: str | None = None
 ) -> Tensor:
     """Depthwise convolution: x [N, C, H, W], weight [C, 1, k, k], bias [C] -> [N, C, ceil(H / stride), ...]."""
-    return _backend(backend, x).folded_depthwise(x, weight, bias, stride=stride, relu6=relu6)
+    return _backend(backend, x).folded_depthwise(x, weight, bias, stride=stride, activation=activation)
 
 
 def packed_depthwise(weight: Tensor, size: int, stride: int) -> Tensor:
@@ -70,20 +76,27 @@ def segmented_pointwise(
     scale: Tensor,
     shift: Tensor,
     *,
-    relu6: bool,
+    activation: str | None,
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """1x1 convolution, then scale and shift of each segment: x [S * n, in, H, W], scale, shift [S, out], float32."""
-    assert not (relu6 and residual is not None), "a block has no activation after its shortcut"
-    return _backend(backend, x).segmented_pointwise(x, weight, scale, shift, relu6=relu6, residual=residual)
+    assert activation is None or residual is None, "a block has no activation after its shortcut"
+    return _backend(backend, x).segmented_pointwise(x, weight, scale, shift, activation=activation, residual=residual)
 
 
 def segmented_depthwise(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, stride: int, relu6: bool, backend: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    stride: int,
+    activation: str | None,
+    backend: str | None = None,
 ) -> Tensor:
     """Depthwise convolution, then scale and shift of each segment: x [S * n, C, H, W], scale, shift [S, C]."""
-    return _backend(backend, x).segmented_depthwise(x, weight, scale, shift, stride=stride, relu6=relu6)
+    return _backend(backend, x).segmented_depthwise(x, weight, scale, shift, stride=stride, activation=activation)
 
 
 def segment_statistics(y: Tensor, segments: int) -> tuple[Tensor, Tensor]:
@@ -118,21 +131,21 @@ def segment_affine_(
 def convolution(layer: LayerPlan, x: Tensor, weight: Tensor) -> Tensor:
     """The layer's convolution of x [N, inputs, H, W] alone; weight as `slice_of` gives it."""
     if is_matrix(layer):
-        return folded_pointwise(x, weight, x.new_zeros(len(weight)), relu6=False)
+        return folded_pointwise(x, weight, x.new_zeros(len(weight)), activation=None)
     if layer.depthwise:
-        return folded_depthwise(x, weight, x.new_zeros(len(weight)), stride=layer.stride, relu6=False)
+        return folded_depthwise(x, weight, x.new_zeros(len(weight)), stride=layer.stride, activation=None)
     return _dense(layer, x, weight, None)
 
 
 def folded(layer: LayerPlan, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """A layer with its norm folded in: convolution, bias [out], + residual, activation."""
-    fused = layer.activation == "relu6" and residual is None
+    fused = layer.activation if residual is None else None
     if is_matrix(layer):
-        y, residual = folded_pointwise(x, weight, bias, relu6=fused, residual=residual), None
+        y, residual = folded_pointwise(x, weight, bias, activation=fused, residual=residual), None
     elif layer.depthwise:
-        y = folded_depthwise(x, weight, bias, stride=layer.stride, relu6=fused)
+        y = folded_depthwise(x, weight, bias, stride=layer.stride, activation=fused)
     else:
-        y, fused = _dense(layer, x, weight, bias), False
+        y, fused = _dense(layer, x, weight, bias), None
     if residual is not None:
         y = y + residual
     return y if fused else activate_(y, layer.activation)
@@ -142,12 +155,12 @@ def segmented(
     layer: LayerPlan, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
 ) -> Tensor:
     """A layer with a norm of each segment: x [S * n, inputs, H, W], scale, shift [S, out], float32."""
-    fused = layer.activation == "relu6" and residual is None
+    fused = layer.activation if residual is None else None
     if is_matrix(layer):
-        y = segmented_pointwise(x, weight, scale, shift, relu6=fused, residual=residual)
+        y = segmented_pointwise(x, weight, scale, shift, activation=fused, residual=residual)
         return y if fused else activate_(y, layer.activation)
     if layer.depthwise and residual is None:
-        y = segmented_depthwise(x, weight, scale, shift, stride=layer.stride, relu6=fused)
+        y = segmented_depthwise(x, weight, scale, shift, stride=layer.stride, activation=fused)
         return y if fused else activate_(y, layer.activation)
     y = convolution(layer, x, weight)
     return segment_affine_(y, scale, shift, activation=layer.activation, residual=residual)
@@ -163,31 +176,37 @@ class Reference:
 
     @staticmethod
     def folded_pointwise(
-        x: Tensor, weight: Tensor, bias: Tensor, *, relu6: bool, residual: Tensor | None = None
+        x: Tensor, weight: Tensor, bias: Tensor, *, activation: str | None, residual: Tensor | None = None
     ) -> Tensor:
         y = F.conv2d(x, weight[:, :, None, None], bias)
         if residual is not None:
             y = y + residual
-        return y.clamp(0, 6) if relu6 else y
+        return activate_(y, activation)
 
     @staticmethod
-    def folded_depthwise(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, relu6: bool) -> Tensor:
+    def folded_depthwise(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, activation: str | None) -> Tensor:
         y = F.conv2d(x, weight, bias, stride=stride, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-        return y.clamp(0, 6) if relu6 else y
+        return activate_(y, activation)
 
     @staticmethod
     def segmented_pointwise(
-        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, relu6: bool, residual: Tensor | None = None
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        *,
+        activation: str | None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         y = F.conv2d(x, weight[:, :, None, None])
-        return segment_affine_(y, scale, shift, activation="relu6" if relu6 else None, residual=residual)
+        return segment_affine_(y, scale, shift, activation=activation, residual=residual)
 
     @staticmethod
     def segmented_depthwise(
-        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, stride: int, relu6: bool
+        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, stride: int, activation: str | None
     ) -> Tensor:
         y = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-        return segment_affine_(y, scale, shift, activation="relu6" if relu6 else None)
+        return segment_affine_(y, scale, shift, activation=activation)
 
 
 def _backend(name: str | None, x: Tensor) -> Any:

@@ -59,18 +59,20 @@ def inverted_residual(
     x = x.to(compute_dtype(x))
     hidden = x if weights.expand is None else pointwise(x, weights.expand, shape.hidden)
     if norms[0] is not None:
-        hidden = F.relu6(batch_norm(hidden, norms[0], training))
+        hidden = activate(batch_norm(hidden, norms[0], training), shape.activation)
     hidden = depthwise(hidden, weights.depthwise, shape.kernel, shape.stride)
-    hidden = F.relu6(batch_norm(hidden, norms[1], training))
+    hidden = activate(batch_norm(hidden, norms[1], training), shape.activation)
     out = batch_norm(pointwise(hidden, weights.project, shape.out_channels), norms[2], training)
     raw_input = weights.expand is None and norms[0] is not None
     return x + out if shape.residual and not raw_input else out
 
 
-def pointwise_bn_relu6(x: Tensor, weight: Tensor, bn: nn.BatchNorm2d, *, in_channels: int, training: bool) -> Tensor:
-    """See `kernels.pointwise_bn_relu6`."""
+def pointwise_bn_act(
+    x: Tensor, weight: Tensor, bn: nn.BatchNorm2d, *, in_channels: int, activation: str, training: bool
+) -> Tensor:
+    """See `kernels.pointwise_bn_act`."""
     x = x[:, :in_channels].to(compute_dtype(x))
-    return F.relu6(batch_norm(pointwise(x, weight, weight.shape[0]), bn, training))
+    return activate(batch_norm(pointwise(x, weight, weight.shape[0]), bn, training), activation)
 
 
 def convolve(x: Tensor, weight: Tensor, layer: LayerPlan) -> Tensor:

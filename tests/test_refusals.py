@@ -40,7 +40,7 @@ from bsnas.engine.retrain import _best_arch
 from bsnas.engine.runs.facts import RunFacts
 from bsnas.engine.runs.rundir import RunDir, write_json
 from bsnas.engine.space.arch import Operation
-from bsnas.kernels import BlockShape, BlockWeights, choose_backend, inverted_residual, pointwise_bn_relu6, set_backend
+from bsnas.kernels import BlockShape, BlockWeights, choose_backend, inverted_residual, pointwise_bn_act, set_backend
 from bsnas.search.backends.base import CannotRun
 from bsnas.search.evolve import EvolveArguments
 from bsnas.search.latency import LatencyTableArguments, time_missing
@@ -127,7 +127,7 @@ def test_shapes_that_do_not_fit_a_kernel() -> None:
     with pytest.raises(
         ValueError, match=r"in_channels 3 with x .* and weight .*; x must have exactly that many channels"
     ):
-        pointwise_bn_relu6(torch.ones(1, 4, 5, 5), torch.ones(8, 4), nn.BatchNorm2d(8), in_channels=3, training=True)
+        pointwise_bn_act(torch.ones(1, 4, 5, 5), torch.ones(8, 4), nn.BatchNorm2d(8), in_channels=3, training=True)
 
 
 def test_a_norm_without_weights_is_not_for_triton() -> None:

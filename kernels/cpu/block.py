@@ -2,8 +2,8 @@
 
 Pointwise convolutions are oneDNN's matrix products. Depthwise convolutions and batch normalisation are native.cpp's:
 oneDNN's gradient of depthwise weights takes half of a training step on AVX2.
-Only the raw convolution outputs y1, y2, y3 are kept; backward recomputes norms, ReLU6 and masks from them. The plain
-reference is `bsnas.kernels.reference.inverted_residual`.
+Only the raw convolution outputs y1, y2, y3 are kept; backward recomputes norms, activations and masks from them. The
+plain reference is `bsnas.kernels.reference.inverted_residual`.
 """
 
 from typing import NamedTuple
@@ -126,7 +126,7 @@ class InvertedResidual(torch.autograd.Function):
             stats1 = norm1.stats(native.image_moments(y1) if training else None, _pixels(y1))
         y2, moments = native.depthwise_forward(y1, stats1, depthwise, shape, moments=training)
         stats2 = norm2.stats(moments, _pixels(y2))
-        y3 = pointwise(native.apply(y2, stats2, relu6=True), project)
+        y3 = pointwise(native.apply(y2, stats2, activation=shape.activation), project)
         stats3 = norm3.stats(native.image_moments(y3) if training else None, _pixels(y3))
         shortcut = _has_shortcut(shape, expand, norm1)
         ctx.save_for_backward(x, expand, depthwise, project, y1, y2, y3, stats1, stats2, stats3)
@@ -139,20 +139,20 @@ class InvertedResidual(torch.autograd.Function):
         shape, training, shortcut = ctx.static
         grad = _nhwc(grad)
 
-        sums = native.gradient_sums(grad, y3, stats3, relu6=False)
+        sums = native.gradient_sums(grad, y3, stats3, activation=None)
         coefficients, *affine3 = native.finalize_backward(sums, stats3, _count(y3, training))
-        dy3 = native.apply_backward(grad, y3, stats3, coefficients, relu6=False)
-        dz2, d_project = pointwise_backward(dy3, native.apply(y2, stats2, relu6=True), project)
+        dy3 = native.apply_backward(grad, y3, stats3, coefficients, activation=None)
+        dz2, d_project = pointwise_backward(dy3, native.apply(y2, stats2, activation=shape.activation), project)
 
-        sums = native.gradient_sums(dz2, y2, stats2, relu6=True)
+        sums = native.gradient_sums(dz2, y2, stats2, activation=shape.activation)
         coefficients, *affine2 = native.finalize_backward(sums, stats2, _count(y2, training))
         dx, d_depthwise, sums = native.depthwise_backward(dz2, y2, stats2, coefficients, y1, stats1, depthwise, shape)
 
         affine1: list[Tensor | None] = [None, None]
         if stats1 is not None:
             coefficients, *affine1 = native.finalize_backward(sums, stats1, _count(y1, training))
-            # The depthwise kernel has let the gradient through ReLU6 already.
-            dx = native.apply_backward(dx, y1, stats1, coefficients, relu6=False)
+            # The depthwise kernel has let the gradient through the activation already.
+            dx = native.apply_backward(dx, y1, stats1, coefficients, activation=None)
         d_expand = None
         if expand is not None:
             dx, d_expand = pointwise_backward(dx, x, expand)
@@ -190,37 +190,43 @@ def check_rows(training: bool, rows: int) -> None:
         raise ValueError("batch statistics need more than one value per channel; got one; enlarge the batch or image")
 
 
-# ---- the tail: pointwise convolution, BN, ReLU6
+# ---- the tail: pointwise convolution, BN, activation
 
 
-class PointwiseBnRelu6(torch.autograd.Function):
+class PointwiseBnAct(torch.autograd.Function):
     """x, the weight's slice, and the norm's weight and bias carry gradients."""
 
     @staticmethod
-    def forward(ctx, x, weight, norm, training, *affine):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, norm, activation, training, *affine):  # type: ignore[no-untyped-def]
         y = pointwise(x, weight)
         stats = norm.stats(native.image_moments(y) if training else None, _pixels(y))
         ctx.save_for_backward(x, weight, y, stats)
-        ctx.training = training
-        return native.apply(y, stats, relu6=True)
+        ctx.static = activation, training
+        return native.apply(y, stats, activation=activation)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
         x, weight, y, stats = ctx.saved_tensors
         grad = _nhwc(grad)
-        sums = native.gradient_sums(grad, y, stats, relu6=True)
-        coefficients, d_gamma, d_beta = native.finalize_backward(sums, stats, _count(y, ctx.training))
-        dy = native.apply_backward(grad, y, stats, coefficients, relu6=True)
+        activation, training = ctx.static
+        sums = native.gradient_sums(grad, y, stats, activation=activation)
+        coefficients, d_gamma, d_beta = native.finalize_backward(sums, stats, _count(y, training))
+        dy = native.apply_backward(grad, y, stats, coefficients, activation=activation)
         dx, d_weight = pointwise_backward(dy, x, weight)
-        return dx, d_weight, None, None, d_gamma, d_beta
+        return dx, d_weight, None, None, None, d_gamma, d_beta
 
 
 @torch.compiler.disable
-def pointwise_bn_relu6(x: Tensor, weight: Tensor, bn: nn.BatchNorm2d, *, in_channels: int, training: bool) -> Tensor:
-    """See `kernels.pointwise_bn_relu6`."""
+def pointwise_bn_act(
+    x: Tensor, weight: Tensor, bn: nn.BatchNorm2d, *, in_channels: int, activation: str, training: bool
+) -> Tensor:
+    """See `kernels.pointwise_bn_act`."""
     if not supports((bn,), native.KERNELS[0]):
-        return reference.pointwise_bn_relu6(x, weight, bn, in_channels=in_channels, training=training)
+        return reference.pointwise_bn_act(
+            x, weight, bn, in_channels=in_channels, activation=activation, training=training
+        )
     check_rows(training, x.shape[0] * _pixels(x))
     norm = Norm.of(bn, training)
     x = _nhwc(x)
-    return PointwiseBnRelu6.apply(x, weight[:, :in_channels].contiguous(), norm, training, norm.weight, norm.bias)  # type: ignore[no-any-return]
+    weight = weight[:, :in_channels].contiguous()
+    return PointwiseBnAct.apply(x, weight, norm, activation, training, norm.weight, norm.bias)  # type: ignore[no-any-return]

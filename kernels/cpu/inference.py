@@ -9,8 +9,10 @@ images, with ReLU6: expand 48 -> 288 at 8x8: torch.addmm 47 (48), packed convolu
 import torch
 from torch import Tensor
 
-RELU6: tuple[str, list[float], str] = ("hardtanh", [0.0, 6.0], "")
-IDENTITY: tuple[str, list[float], str] = ("none", [], "")
+TAILS: dict[str | None, tuple[str, list[float], str]] = {
+    "relu6": ("hardtanh", [0.0, 6.0], ""), "relu": ("relu", [], ""), None: ("none", [], "")
+}  # fmt: skip
+"""oneDNN's name of each activation, what it is told, and how."""
 
 
 class OneDNN:
@@ -30,34 +32,38 @@ class OneDNN:
 
     @staticmethod
     def folded_pointwise(
-        x: Tensor, weight: Tensor, bias: Tensor, *, relu6: bool, residual: Tensor | None = None
+        x: Tensor, weight: Tensor, bias: Tensor, *, activation: str | None, residual: Tensor | None = None
     ) -> Tensor:
         images, _, height, width = x.shape
         weight = weight.contiguous()  # a slice of a wider weight would run on oneDNN's reference code
         if residual is None:
-            tail: tuple[str, list[float], str] = RELU6 if relu6 else IDENTITY
-            y = torch.ops.mkldnn._linear_pointwise(_rows(x), weight, bias, *tail)
+            y = torch.ops.mkldnn._linear_pointwise(_rows(x), weight, bias, *TAILS[activation])
         else:
             y = torch.ops.mkldnn._linear_pointwise.binary(_rows(x), _rows(residual), weight, bias, "add")
         return y.view(images, height, width, -1).permute(0, 3, 1, 2)
 
     @staticmethod
-    def folded_depthwise(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, relu6: bool) -> Tensor:
+    def folded_depthwise(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, activation: str | None) -> Tensor:
         margin = [weight.shape[-1] // 2] * 2
-        tail = RELU6 if relu6 else IDENTITY
         return torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, margin, [stride, stride], [1, 1], weight.shape[0], *tail
+            x, weight, bias, margin, [stride, stride], [1, 1], weight.shape[0], *TAILS[activation]
         )
 
     @staticmethod
     def segmented_pointwise(
-        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, relu6: bool, residual: Tensor | None = None
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        *,
+        activation: str | None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         residuals = [None] * len(scale) if residual is None else residual.chunk(len(scale))
         return _cat(
             [
                 OneDNN.folded_pointwise(
-                    part, (weight * s[:, None]).to(x.dtype), b.to(x.dtype), relu6=relu6, residual=shortcut
+                    part, (weight * s[:, None]).to(x.dtype), b.to(x.dtype), activation=activation, residual=shortcut
                 )
                 for part, s, b, shortcut in zip(x.chunk(len(scale)), scale, shift, residuals, strict=True)
             ]
@@ -65,12 +71,16 @@ class OneDNN:
 
     @staticmethod
     def segmented_depthwise(
-        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, stride: int, relu6: bool
+        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, stride: int, activation: str | None
     ) -> Tensor:
         return _cat(
             [
                 OneDNN.folded_depthwise(
-                    part, (weight * s[:, None, None, None]).to(x.dtype), b.to(x.dtype), stride=stride, relu6=relu6
+                    part,
+                    (weight * s[:, None, None, None]).to(x.dtype),
+                    b.to(x.dtype),
+                    stride=stride,
+                    activation=activation,
                 )
                 for part, s, b in zip(x.chunk(len(scale)), scale, shift, strict=True)
             ]

@@ -1,6 +1,6 @@
 // Depthwise convolution and batch normalisation for training on a CPU, on channels-last tensors [N, H, W, C].
 //
-// Only raw convolution outputs reach memory. A convolution applies the norm and ReLU6 of its input while it copies the
+// Only raw convolution outputs reach memory. A convolution applies the norm and activation of its input while it copies the
 // input into a small padded plane, and a backward pass recomputes them the same way. Statistics are taken per image
 // and merged in the order of the images, so no result depends on the number of threads.
 //
@@ -124,28 +124,30 @@ inline Pair<T> operator-(Pair<T> x, Pair<T> y) { return {x.a - y.a, x.b - y.b}; 
 template <class T>
 inline Pair<T> operator*(Pair<T> x, Pair<T> y) { return {x.a * y.a, x.b * y.b}; }
 
+// ReLU6 (bound 6), ReLU (an infinite bound), or nothing (a negative one). NaN stays NaN.
 template <class T>
-inline Vec<T> clamp6(Vec<T> v) {  // NaN stays NaN
-    const Vec<T> zero{}, six = zero + T(6);
-    v = v < zero ? zero : v;
-    return v > six ? six : v;
-}
+struct Activation {
+    Vec<T> bound;
+    bool given;
 
-// ReLU6, and a gradient where ReLU6 lets it through: strictly between 0 and 6.
-template <class T>
-inline Pair<T> relu6(Pair<T> x) { return {clamp6<T>(x.a), clamp6<T>(x.b)}; }
-
-template <class T>
-inline Vec<T> pass(Vec<T> gradient, Vec<T> z) {
-    const Vec<T> zero{}, six = zero + T(6);
-    return (z > zero) & (z < six) ? gradient : zero;
-}
-
-template <class T>
-inline Pair<T> pass(Pair<T> gradient, Pair<T> z) { return {pass<T>(gradient.a, z.a), pass<T>(gradient.b, z.b)}; }
+    explicit Activation(double most) : bound(Vec<T>{} + T(most)), given(most >= 0) {}
+    Vec<T> operator()(Vec<T> v) const {
+        const Vec<T> zero{};
+        v = v < zero ? zero : v;
+        return v > bound ? bound : v;
+    }
+    // A gradient where it is let through: strictly between zero and the bound.
+    Vec<T> pass(Vec<T> gradient, Vec<T> z) const {
+        const Vec<T> zero{};
+        return (z > zero) & (z < bound) ? gradient : zero;
+    }
+    Pair<T> operator()(Pair<T> x) const { return {(*this)(x.a), (*this)(x.b)}; }
+    Pair<T> pass(Pair<T> gradient, Pair<T> z) const { return {pass(gradient.a, z.a), pass(gradient.b, z.b)}; }
+};
 
 struct Shape {
     int64_t images, height, width, channels, stride;
+    double most;  // the activation's bound, of the input's norm and of the output's
     int64_t out_height() const { return (height - 1) / stride + 1; }
     int64_t out_width() const { return (width - 1) / stride + 1; }
 };
@@ -231,10 +233,11 @@ std::vector<T> packed_taps(const T* weight, int taps, int64_t channels) {
 
 template <class T, int K>
 void load_input(const Shape& s, const T* image, int64_t channel, int valid, const Affine<T>& norm, Plane<T>& plane) {
+    const Activation<T> activation(s.most);
     for (int64_t h = 0; h < s.height; ++h)
         for (int64_t w = 0; w < s.width; ++w) {
             Pair<T> v = Pair<T>::read(image + (h * s.width + w) * s.channels + channel, valid);
-            if (norm.given) v = relu6(norm(v));
+            if (norm.given) v = activation(norm(v));
             v.write(plane.at(h + K / 2, w + K / 2), Vector<T>::block);
         }
 }
@@ -305,16 +308,17 @@ void depthwise_forward(const Shape& s, const T* x, const T* scale, const T* shif
     }
 }
 
-// The gradient of the raw output, dy = a * dz + b * y + c with dz let through by the output's ReLU6, S columns apart.
+// The gradient of the raw output, dy = a * dz + b * y + c with dz let through by the output's activation, S columns apart.
 template <class T, int K, int S>
 void load_gradient(const Shape& s, const T* dz, const T* y, int64_t channel, int valid, const Affine<T>& norm,
                    const Pair<T> (&coefficients)[3], Plane<T>& plane) {
     const int64_t out_h = s.out_height(), out_w = s.out_width();
+    const Activation<T> activation(s.most);
     for (int64_t h = 0; h < out_h; ++h)
         for (int64_t w = 0; w < out_w; ++w) {
             const int64_t at = (h * out_w + w) * s.channels + channel;
             const Pair<T> raw = Pair<T>::read(y + at, valid);
-            const Pair<T> gradient = pass(Pair<T>::read(dz + at, valid), norm(raw));
+            const Pair<T> gradient = activation.pass(Pair<T>::read(dz + at, valid), norm(raw));
             const Pair<T> dy = coefficients[0] * gradient + coefficients[1] * raw + coefficients[2];
             dy.write(plane.at(h, w * S + K / 2), Vector<T>::block);
         }
@@ -345,11 +349,12 @@ void add_weight_gradient(const Shape& s, Plane<T>& input, Plane<T>& gradient, T*
     }
 }
 
-// dx of the convolution, through the input's ReLU6 where it has a norm, and the two sums of that norm's own backward.
+// dx of the convolution, through the input's activation where it has a norm, and the two sums of that norm's own backward.
 template <class T, int K, int S>
 void input_gradient(const Shape& s, const T* x, int64_t channel, int valid, const Affine<T>& norm, Pair<T> mean,
                     const T* taps, Plane<T>& gradient, T* dx, double* sum, double* product) {
     constexpr int block = Vector<T>::block;
+    const Activation<T> activation(s.most);
     Pair<T> sum_dz = Pair<T>::zero(), sum_dz_y = Pair<T>::zero();
     for (int64_t h = 0; h < s.height; ++h)
         for (int64_t w = 0; w < s.width; w += kPixels) {
@@ -365,7 +370,7 @@ void input_gradient(const Shape& s, const T* x, int64_t channel, int valid, cons
                 const int64_t at = (h * s.width + w + p) * s.channels + channel;
                 if (norm.given) {
                     const Pair<T> raw = Pair<T>::read(x + at, valid);
-                    sums[p] = pass(sums[p], norm(raw));
+                    sums[p] = activation.pass(sums[p], norm(raw));
                     sum_dz = sum_dz + sums[p];
                     sum_dz_y = sum_dz_y + sums[p] * (raw - mean);
                 }
@@ -494,25 +499,27 @@ void finalize(int64_t images, int64_t pixels, int64_t channels, const double* me
     }
 }
 
-// z = scale * y + shift, then ReLU6 or + shortcut.
+// z = scale * y + shift, then the activation (none where `most` is negative) or + shortcut.
 template <class T>
-void apply(int64_t rows, int64_t channels, const T* y, const T* scale, const T* shift, const T* shortcut, int clamped,
+void apply(int64_t rows, int64_t channels, const T* y, const T* scale, const T* shift, const T* shortcut, double most,
            T* z, int threads) {
+    const Activation<T> activation(most);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; ++row)
         for_channel_blocks<T>(channels, [&](int64_t channel, int valid) {
             const int64_t at = row * channels + channel;
             Pair<T> v = Affine<T>(scale, shift, channel, valid)(Pair<T>::read(y + at, valid));
-            if (clamped) v = relu6(v);
+            if (activation.given) v = activation(v);
             if (shortcut != nullptr) v = v + Pair<T>::read(shortcut + at, valid);
             v.write(z + at, valid);
         });
 }
 
-// The sums of a norm's backward: over dz, let through by ReLU6 where `clamped`, and over dz * (y - mean).
+// The sums of a norm's backward: over dz, let through by the activation where there is one, and over dz * (y - mean).
 template <class T>
 void gradient_sums(int64_t images, int64_t pixels, int64_t channels, const T* dz, const T* y, const T* scale,
-                   const T* shift, const T* mean, int clamped, double* sum, double* product, int threads) {
+                   const T* shift, const T* mean, double most, double* sum, double* product, int threads) {
+    const Activation<T> activation(most);
     const int64_t groups = std::min<int64_t>(kGroups, images);
     std::vector<double> sums(groups * 2 * channels);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -526,7 +533,7 @@ void gradient_sums(int64_t images, int64_t pixels, int64_t channels, const T* dz
                     const int64_t at = (n * pixels + p) * channels + channel;
                     const Pair<T> raw = Pair<T>::read(y + at, valid);
                     Pair<T> gradient = Pair<T>::read(dz + at, valid);
-                    if (clamped) gradient = pass(gradient, norm(raw));
+                    if (activation.given) gradient = activation.pass(gradient, norm(raw));
                     total = total + gradient;
                     products = products + gradient * (raw - centre);
                 }
@@ -542,17 +549,19 @@ void gradient_sums(int64_t images, int64_t pixels, int64_t channels, const T* dz
         }
 }
 
-// dy = a * dz + b * y + c with coefficients [3, C], dz let through by ReLU6 where `clamped`. dy may be dz.
+// dy = a * dz + b * y + c with coefficients [3, C], dz let through by the activation where there is one. dy may be dz.
 template <class T>
 void apply_backward(int64_t rows, int64_t channels, const T* dz, const T* y, const T* scale, const T* shift,
-                    int clamped, const T* coefficients, T* dy, int threads) {
+                    double most, const T* coefficients, T* dy, int threads) {
+    const Activation<T> activation(most);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; ++row)
         for_channel_blocks<T>(channels, [&](int64_t channel, int valid) {
             const int64_t at = row * channels + channel;
             const Pair<T> raw = Pair<T>::read(y + at, valid);
             Pair<T> gradient = Pair<T>::read(dz + at, valid);
-            if (clamped) gradient = pass(gradient, Affine<T>(scale, shift, channel, valid)(raw));
+            if (activation.given)
+                gradient = activation.pass(gradient, Affine<T>(scale, shift, channel, valid)(raw));
             const Pair<T> a = Pair<T>::read(coefficients + channel, valid);
             const Pair<T> b = Pair<T>::read(coefficients + channels + channel, valid);
             const Pair<T> c = Pair<T>::read(coefficients + 2 * channels + channel, valid);
@@ -588,19 +597,19 @@ bool for_kernel(int64_t kernel, int64_t stride, Function function) {
 }  // namespace
 
 #define BSNAS_EXPORT(T, NAME)                                                                                          \
-    extern "C" void depthwise_forward_##NAME(const int64_t* dims, int64_t kernel, const T* x, const T* scale,          \
-                                             const T* shift, const T* weight, T* y, double* mean, double* m2,          \
+    extern "C" void depthwise_forward_##NAME(const int64_t* dims, int64_t kernel, double most, const T* x,             \
+                                             const T* scale, const T* shift, const T* weight, T* y, double* mean, double* m2,\
                                              int threads) {                                                            \
-        const Shape s{dims[0], dims[1], dims[2], dims[3], dims[4]};                                                    \
+        const Shape s{dims[0], dims[1], dims[2], dims[3], dims[4], most};                                              \
         for_kernel(kernel, s.stride, [&]<int K, int S>() {                                                             \
             depthwise_forward<T, K, S>(s, x, scale, shift, weight, y, mean, m2, threads);                              \
         });                                                                                                            \
     }                                                                                                                  \
     extern "C" void depthwise_backward_##NAME(                                                                         \
-        const int64_t* dims, int64_t kernel, const T* dz, const T* y, const T* y_scale, const T* y_shift,              \
+        const int64_t* dims, int64_t kernel, double most, const T* dz, const T* y, const T* y_scale, const T* y_shift, \
         const T* coefficients, const T* x, const T* x_scale, const T* x_shift, const T* x_mean, const T* weight,       \
         T* dx, T* d_weight, double* sum, double* product, int threads) {                                               \
-        const Shape s{dims[0], dims[1], dims[2], dims[3], dims[4]};                                                    \
+        const Shape s{dims[0], dims[1], dims[2], dims[3], dims[4], most};                                              \
         const Backward<T> tensors{dz,     y,      y_scale, y_shift,  coefficients, x,      x_scale,                    \
                                   x_shift, x_mean, weight,  dx,       d_weight,     sum,    product};                  \
         for_kernel(kernel, s.stride, [&]<int K, int S>() { depthwise_backward<T, K, S>(s, tensors, threads); });       \
@@ -617,13 +626,13 @@ bool for_kernel(int64_t kernel, int64_t stride, Function function) {
                     Norm<T>{weight, bias, running_mean, running_var, momentum, eps, mean, rstd, scale, shift});        \
     }                                                                                                                  \
     extern "C" void apply_##NAME(int64_t rows, int64_t channels, const T* y, const T* scale, const T* shift,           \
-                                 const T* shortcut, int clamped, T* z, int threads) {                                  \
-        apply<T>(rows, channels, y, scale, shift, shortcut, clamped, z, threads);                                      \
+                                 const T* shortcut, double most, T* z, int threads) {                                  \
+        apply<T>(rows, channels, y, scale, shift, shortcut, most, z, threads);                                         \
     }                                                                                                                  \
     extern "C" void gradient_sums_##NAME(int64_t images, int64_t pixels, int64_t channels, const T* dz, const T* y,    \
-                                         const T* scale, const T* shift, const T* mean, int clamped, double* sum,      \
+                                         const T* scale, const T* shift, const T* mean, double most, double* sum,      \
                                          double* product, int threads) {                                               \
-        gradient_sums<T>(images, pixels, channels, dz, y, scale, shift, mean, clamped, sum, product, threads);         \
+        gradient_sums<T>(images, pixels, channels, dz, y, scale, shift, mean, most, sum, product, threads);            \
     }                                                                                                                  \
     extern "C" void finalize_backward_##NAME(int64_t channels, double count, const double* sum, const double* product, \
                                              const T* mean, const T* rstd, const T* scale, T* d_weight, T* d_bias,     \
@@ -631,8 +640,8 @@ bool for_kernel(int64_t kernel, int64_t stride, Function function) {
         finalize_backward<T>(channels, count, sum, product, mean, rstd, scale, d_weight, d_bias, coefficients);        \
     }                                                                                                                  \
     extern "C" void apply_backward_##NAME(int64_t rows, int64_t channels, const T* dz, const T* y, const T* scale,     \
-                                          const T* shift, int clamped, const T* coefficients, T* dy, int threads) {    \
-        apply_backward<T>(rows, channels, dz, y, scale, shift, clamped, coefficients, dy, threads);                    \
+                                          const T* shift, double most, const T* coefficients, T* dy, int threads) {    \
+        apply_backward<T>(rows, channels, dz, y, scale, shift, most, coefficients, dy, threads);                       \
     }
 
 BSNAS_EXPORT(float, f32)

@@ -24,19 +24,21 @@ from bsnas.kernels.block import BlockShape
 
 KERNELS = (3, 5, 7)
 """Depthwise kernel sizes that native.cpp is compiled for."""
+BOUNDS = {"relu6": 6.0, "relu": float("inf"), None: -1.0}
+"""What activations stop at, as native.cpp is told of them."""
 NOT_BUILT = "its C++ part cannot be built here"
 _SOURCE = Path(__file__).with_name("native.cpp")
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 _POINTER, _SIZE, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 _ARGUMENTS = {
-    "depthwise_forward": [ctypes.POINTER(_SIZE), _SIZE, *[_POINTER] * 7, _INT],
-    "depthwise_backward": [ctypes.POINTER(_SIZE), _SIZE, *[_POINTER] * 14, _INT],
+    "depthwise_forward": [ctypes.POINTER(_SIZE), _SIZE, _DOUBLE, *[_POINTER] * 7, _INT],
+    "depthwise_backward": [ctypes.POINTER(_SIZE), _SIZE, _DOUBLE, *[_POINTER] * 14, _INT],
     "image_moments": [_SIZE] * 3 + [_POINTER] * 3 + [_INT],
     "finalize": [_SIZE] * 3 + [_POINTER] * 6 + [_DOUBLE] * 2 + [_POINTER] * 4,
-    "apply": [_SIZE] * 2 + [_POINTER] * 4 + [_INT, _POINTER, _INT],
-    "gradient_sums": [_SIZE] * 3 + [_POINTER] * 5 + [_INT] + [_POINTER] * 2 + [_INT],
+    "apply": [_SIZE] * 2 + [_POINTER] * 4 + [_DOUBLE, _POINTER, _INT],
+    "gradient_sums": [_SIZE] * 3 + [_POINTER] * 5 + [_DOUBLE] + [_POINTER] * 2 + [_INT],
     "finalize_backward": [_SIZE, _DOUBLE] + [_POINTER] * 8,
-    "apply_backward": [_SIZE] * 2 + [_POINTER] * 4 + [_INT] + [_POINTER] * 2 + [_INT],
+    "apply_backward": [_SIZE] * 2 + [_POINTER] * 4 + [_DOUBLE] + [_POINTER] * 2 + [_INT],
 }
 
 
@@ -142,7 +144,7 @@ def _empty_sums(channels: int) -> Sums:
 def depthwise_forward(
     x: Tensor, stats: Stats | None, weight: Tensor, shape: BlockShape, *, moments: bool
 ) -> tuple[Tensor, Moments | None]:
-    """Raw depthwise convolution of x [N, C, H, W], or of ReLU6(norm(x)) where it has a norm.
+    """Raw depthwise convolution of x [N, C, H, W], or of act(norm(x)) where it has a norm.
 
     weight [C, 1, k, k] -> y [N, C, ceil(H / stride), ceil(W / stride)], and the moments of y if asked for.
     """
@@ -152,8 +154,8 @@ def depthwise_forward(
     scale, shift = (None, None) if stats is None else (stats[2], stats[3])
     mean, m2 = found or (None, None)
     _call(
-        "depthwise_forward", x.dtype, _dims(x, shape.stride), shape.kernel, x, scale, shift, weight, y, mean, m2,
-        torch.get_num_threads(),
+        "depthwise_forward", x.dtype, _dims(x, shape.stride), shape.kernel, BOUNDS[shape.activation],
+        x, scale, shift, weight, y, mean, m2, torch.get_num_threads(),
     )  # fmt: skip
     return y, found
 
@@ -162,15 +164,16 @@ def depthwise_backward(
     dz: Tensor, y: Tensor, y_stats: Stats, coefficients: Tensor, x: Tensor, x_stats: Stats | None, weight: Tensor,
     shape: BlockShape,
 ) -> tuple[Tensor, Tensor, Sums]:  # fmt: skip
-    """From dz, the gradient of ReLU6(norm(y)), to those of the convolution's input before ReLU6, and of its weight.
+    """From dz, the gradient of act(norm(y)), to those of the convolution's input before its own, and of its weight.
 
     The sums belong to the input's norm and are zero without one.
     """
     dx, d_weight, sums = torch.empty_like(x), torch.empty_like(weight), _empty_sums(x.shape[1])
     mean, scale, shift = (None, None, None) if x_stats is None else (x_stats[0], x_stats[2], x_stats[3])
     _call(
-        "depthwise_backward", x.dtype, _dims(x, shape.stride), shape.kernel, dz, y, y_stats[2], y_stats[3],
-        coefficients, x, scale, shift, mean, weight, dx, d_weight, *sums, torch.get_num_threads(),
+        "depthwise_backward", x.dtype, _dims(x, shape.stride), shape.kernel, BOUNDS[shape.activation],
+        dz, y, y_stats[2], y_stats[3], coefficients, x, scale, shift, mean, weight, dx, d_weight, *sums,
+        torch.get_num_threads(),
     )  # fmt: skip
     return dx, d_weight, sums
 
@@ -197,20 +200,20 @@ def finalize(
     return stats
 
 
-def apply(y: Tensor, stats: Stats, *, relu6: bool = False, shortcut: Tensor | None = None) -> Tensor:
-    """norm(y), then ReLU6 or + shortcut."""
+def apply(y: Tensor, stats: Stats, *, activation: str | None = None, shortcut: Tensor | None = None) -> Tensor:
+    """norm(y), then the activation or + shortcut."""
     z = torch.empty_like(y)
     rows, threads = y.shape[0] * _pixels(y), torch.get_num_threads()
-    _call("apply", y.dtype, rows, y.shape[1], y, stats[2], stats[3], shortcut, int(relu6), z, threads)
+    _call("apply", y.dtype, rows, y.shape[1], y, stats[2], stats[3], shortcut, BOUNDS[activation], z, threads)
     return z
 
 
-def gradient_sums(dz: Tensor, y: Tensor, stats: Stats, *, relu6: bool) -> Sums:
-    """The sums that the backward of norm(y), followed by ReLU6 or not, needs."""
+def gradient_sums(dz: Tensor, y: Tensor, stats: Stats, *, activation: str | None) -> Sums:
+    """The sums that the backward of norm(y), followed by an activation or not, needs."""
     total, product = _empty_sums(y.shape[1])
     _call(
         "gradient_sums", y.dtype, y.shape[0], _pixels(y), y.shape[1], dz, y, stats[2], stats[3], stats[0],
-        int(relu6), total, product, torch.get_num_threads(),
+        BOUNDS[activation], total, product, torch.get_num_threads(),
     )  # fmt: skip
     return total, product
 
@@ -230,11 +233,11 @@ def finalize_backward(sums: Sums, stats: Stats, count: int) -> tuple[Tensor, Ten
     return coefficients, d_weight, d_bias
 
 
-def apply_backward(dz: Tensor, y: Tensor, stats: Stats, coefficients: Tensor, *, relu6: bool) -> Tensor:
-    """The gradient of y from dz, that of norm(y) followed by ReLU6 or not."""
+def apply_backward(dz: Tensor, y: Tensor, stats: Stats, coefficients: Tensor, *, activation: str | None) -> Tensor:
+    """The gradient of y from dz, that of norm(y) followed by an activation or not."""
     dy = torch.empty_like(y)
     _call(
-        "apply_backward", y.dtype, y.shape[0] * _pixels(y), y.shape[1], dz, y, stats[2], stats[3], int(relu6),
+        "apply_backward", y.dtype, y.shape[0] * _pixels(y), y.shape[1], dz, y, stats[2], stats[3], BOUNDS[activation],
         coefficients, dy, torch.get_num_threads(),
     )  # fmt: skip
     return dy

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bsnas.kernels.gpu.configs import elementwise_config, multiprocessors
 from bsnas.kernels.gpu.launch import CachedLaunches
-from bsnas.kernels.gpu.support import alignment, bn_backward, cdiv, int64, merge_tile, relu6, round_to
+from bsnas.kernels.gpu.support import activate, alignment, bn_backward, cdiv, int64, lets_through, merge_tile, round_to
 
 # ---- statistics of a tensor that no kernel of ours produced (the stem's convolution)
 
@@ -147,7 +147,7 @@ def finalize(
 @triton.jit(do_not_specialize=["M", "C_units"])
 def apply_kernel(
     y, stats, residual, z, M, C_units,
-    ALIGN: tl.constexpr, RELU6: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    ALIGN: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     C = C_units * ALIGN
     chunks = tl.cdiv(C, BC)
@@ -159,21 +159,23 @@ def apply_kernel(
     scale = tl.load(stats + c, mask=c < C, other=0.0)[None, :]
     shift = tl.load(stats + C + c, mask=c < C, other=0.0)[None, :]
     out = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) * scale + shift
-    if RELU6:
-        out = relu6(out)
+    if ACTIVATION is not None:
+        out = activate(out, ACTIVATION)
     if RESIDUAL:
         out += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(z + offsets, round_to(out, z.dtype.element_ty), mask=mask)
 
 
-def apply(y: Tensor, stats: Tensor, z: Tensor, *, relu6: bool = False, residual: Tensor | None = None) -> None:
-    """z = scale * y + shift, then ReLU6 or + residual; all [M, C]."""
+def apply(
+    y: Tensor, stats: Tensor, z: Tensor, *, activation: str | None = None, residual: Tensor | None = None
+) -> None:
+    """z = scale * y + shift, then the activation or + residual; all [M, C]."""
     rows, channels = y.shape
     align = alignment(channels)
     block_m, block_c, warps = elementwise_config(channels)
     apply_kernel[(cdiv(rows, block_m) * cdiv(channels, block_c),)](
         y, stats, z if residual is None else residual, z, rows, channels // align,
-        ALIGN=align, RELU6=relu6, RESIDUAL=residual is not None, BM=block_m, BC=block_c, num_warps=warps,
+        ALIGN=align, ACTIVATION=activation, RESIDUAL=residual is not None, BM=block_m, BC=block_c, num_warps=warps,
     )  # fmt: skip
 
 
@@ -184,7 +186,7 @@ def apply(y: Tensor, stats: Tensor, z: Tensor, *, relu6: bool = False, residual:
 @triton.jit(do_not_specialize=["M", "C_units", "rows_per_program"])
 def gradient_sums_kernel(
     grad, y, stats, partial, M, C_units, rows_per_program,
-    ALIGN: tl.constexpr, RELU6: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    ALIGN: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     C = C_units * ALIGN
     chunks = tl.cdiv(C, BC)
@@ -193,7 +195,7 @@ def gradient_sums_kernel(
     m = tl.arange(0, BM)
     inside = c < C
     mean = tl.load(stats + 2 * C + c, mask=inside, other=0.0)[None, :]
-    if RELU6:
+    if ACTIVATION is not None:
         scale = tl.load(stats + c, mask=inside, other=0.0)[None, :]
         shift = tl.load(stats + C + c, mask=inside, other=0.0)[None, :]
     sums = tl.zeros((BM, BC), tl.float32)
@@ -205,17 +207,16 @@ def gradient_sums_kernel(
         offsets = int64(m0) * C + m[:, None] * C + c[None, :]
         g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
-        if RELU6:
-            u = scale * v + shift
-            g = tl.where((u > 0.0) & (u < 6.0), g, 0.0)
+        if ACTIVATION is not None:
+            g = tl.where(lets_through(scale * v + shift, ACTIVATION), g, 0.0)
         sums += g
         weighted += g * (v - mean)
     tl.store(partial + program * 2 * C + c, tl.sum(sums, 0), mask=inside)
     tl.store(partial + (program * 2 + 1) * C + c, tl.sum(weighted, 0), mask=inside)
 
 
-def gradient_sums(grad: Tensor, y: Tensor, stats: Tensor, *, relu6: bool = False) -> Tensor:
-    """grad, y [M, C] -> partial [P, 2, C]: sums of grad and of grad * (y - mean), masked by ReLU6 where asked."""
+def gradient_sums(grad: Tensor, y: Tensor, stats: Tensor, *, activation: str | None = None) -> Tensor:
+    """grad, y [M, C] -> partial [P, 2, C]: sums of grad and of grad * (y - mean), masked by the activation if any."""
     rows, channels = y.shape
     align = alignment(channels)
     block_m, block_c, warps = elementwise_config(channels)
@@ -226,7 +227,7 @@ def gradient_sums(grad: Tensor, y: Tensor, stats: Tensor, *, relu6: bool = False
     partial = torch.empty((programs, 2, channels), device=y.device, dtype=torch.float32)
     gradient_sums_kernel[(programs * chunks,)](
         grad, y, stats, partial, rows, channels // align, per_program,
-        ALIGN=align, RELU6=relu6, BM=block_m, BC=block_c, num_warps=warps,
+        ALIGN=align, ACTIVATION=activation, BM=block_m, BC=block_c, num_warps=warps,
     )  # fmt: skip
     return partial
 
@@ -298,7 +299,7 @@ def apply_backward_kernel(
     offset = tl.load(coefficients + 2 * C + c, mask=c < C, other=0.0)[None, :]
     g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + offsets, round_to(bn_backward(g, v, a, b, offset, a, b, False), out.dtype.element_ty), mask=mask)
+    tl.store(out + offsets, round_to(bn_backward(g, v, a, b, offset, a, b, None), out.dtype.element_ty), mask=mask)
 
 
 def apply_backward(grad: Tensor, y: Tensor, coefficients: Tensor, out: Tensor) -> None:

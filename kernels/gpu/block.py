@@ -1,7 +1,7 @@
 """The inverted residual block on Triton: eight launches forward, ten or eleven backward.
 
 Only the raw convolution outputs y1, y2, y3 and the block's output z are written. Backward recomputes every batch norm,
-ReLU6 and mask from them while it loads. The plain reference is `bsnas.kernels.reference.inverted_residual`.
+activation and mask from them while it loads. The plain reference is `bsnas.kernels.reference.inverted_residual`.
 
 forward   weights | expand y1 | finalize | depthwise y2 | finalize | project y3 | finalize | apply z
 backward  sums | finalize | project dz2, dW3 | finalize | depthwise dz1, dW2 | finalize | expand dx, dW1 | reduce dW
@@ -105,13 +105,13 @@ class Saved(NamedTuple):
 
 def block_forward(
     x: Tensor, expand: Tensor | None, depthwise: Tensor, project: Tensor, affine: list[Tensor], running: list[Tensor],
-    momenta: list[float], eps: list[float], dims: list[int], training: bool,
+    momenta: list[float], eps: list[float], dims: list[int], activation: str, training: bool,
 ) -> list[Tensor]:  # fmt: skip
     """-> z, then what backward needs. Two or three norms; a negative momentum is the cumulative average.
 
-    Three norms without an expansion: x itself is a raw convolution output and the first norm (and ReLU6) is its.
+    Three norms without an expansion: x itself is a raw convolution output and the first norm (and activation) is its.
     """
-    shape = BlockShape(*dims)
+    shape = BlockShape(*dims, activation=activation)
     w1, taps, w3 = prepare_weights(BlockWeights(expand, depthwise, project), shape, x.dtype)
     first = 3 - len(eps)
 
@@ -132,10 +132,13 @@ def block_forward(
         stats1 = norm(0, statistics(matrix(x)) if training else None, _rows(x))
     height, width = output_size(x.shape[2], shape.stride), output_size(x.shape[3], shape.stride)
     y2 = _empty(x, shape.hidden, height, width)
-    partials = depthwise_forward(_nhwc(y1), taps, _nhwc(y2), stats1, shape.kernel, shape.stride, statistics=training)
+    partials = depthwise_forward(
+        _nhwc(y1), taps, _nhwc(y2), stats1, shape.kernel, shape.stride,
+        statistics=training, activation=None if stats1 is None else activation,
+    )  # fmt: skip
     stats2 = norm(1, partials, _rows(y2))
     y3 = _empty(x, shape.out_channels, height, width)
-    partials = pointwise_forward(matrix(y2), w3, matrix(y3), stats2, statistics=training)
+    partials = pointwise_forward(matrix(y2), w3, matrix(y3), stats2, statistics=training, activation=activation)
     stats3 = norm(2, partials, _rows(y3))
     z = torch.empty_like(y3)
     apply(matrix(y3), stats3, matrix(z), residual=matrix(x) if _has_shortcut(shape, expand, len(eps)) else None)
@@ -148,10 +151,10 @@ def block_forward(
 
 def block_backward(
     grad: Tensor, x: Tensor, expand: Tensor | None, depthwise: Tensor, project: Tensor, saved: list[Tensor],
-    norms: int, dims: list[int], training: bool,
+    norms: int, dims: list[int], activation: str, training: bool,
 ) -> list[Tensor]:  # fmt: skip
     """-> gradients of x, (expand,) depthwise, project, then weight and bias of each norm."""
-    shape = BlockShape(*dims)
+    shape = BlockShape(*dims, activation=activation)
     y2, y3, stats2, stats3, taps, cast_w3, stats1, expanded, cast_w1 = Saved.unpack(
         saved, norms=norms, expands=expand is not None, cast=x.dtype != project.dtype
     )
@@ -164,12 +167,15 @@ def block_backward(
         gradient_sums(matrix(grad), matrix(y3), stats3), stats3, _rows(y3), training
     )
     dz2 = torch.empty_like(y2)
-    partial, w3_partial = project_backward(matrix(grad), matrix(y3), coefficients, w3, matrix(y2), stats2, matrix(dz2))
+    partial, w3_partial = project_backward(
+        matrix(grad), matrix(y3), coefficients, w3, matrix(y2), stats2, matrix(dz2), activation=activation
+    )
     coefficients, *affine2 = finalize_backward(partial, stats2, _rows(y2), training)
     dz1 = torch.empty_like(y1)
     sums, taps_partial = depthwise_backward(
-        _nhwc(dz2), _nhwc(y2), coefficients, _nhwc(y1), stats1, taps, _nhwc(dz1), shape.kernel, shape.stride
-    )
+        _nhwc(dz2), _nhwc(y2), coefficients, _nhwc(y1), stats1, taps, _nhwc(dz1), shape.kernel, shape.stride,
+        None if stats1 is None else activation,
+    )  # fmt: skip
     affine1: list[Tensor] = []
     w1_partial = None
     dx = dz1
@@ -197,7 +203,7 @@ _backward_op = torch.library.custom_op("bsnas::inverted_residual_backward", bloc
 
 
 @_forward_op.register_fake
-def _(x, expand, depthwise, project, affine, running, momenta, eps, dims, training):  # type: ignore[no-untyped-def]
+def _(x, expand, depthwise, project, affine, running, momenta, eps, dims, activation, training):  # type: ignore[no-untyped-def]
     shape = BlockShape(*dims)
     height, width = output_size(x.shape[2], shape.stride), output_size(x.shape[3], shape.stride)
     cast, expands = x.dtype != project.dtype, expand is not None
@@ -221,7 +227,7 @@ def _(x, expand, depthwise, project, affine, running, momenta, eps, dims, traini
 
 
 @_backward_op.register_fake
-def _(grad, x, expand, depthwise, project, saved, norms, dims, training):  # type: ignore[no-untyped-def]
+def _(grad, x, expand, depthwise, project, saved, norms, dims, activation, training):  # type: ignore[no-untyped-def]
     shape = BlockShape(*dims)
     weights = [torch.empty_like(w) for w in (expand, depthwise, project) if w is not None]
     widths = [shape.hidden] * (norms - 1) + [shape.out_channels]
@@ -233,16 +239,17 @@ class InvertedResidual(torch.autograd.Function):
     """x, expand, depthwise, project, then weight and bias of each norm carry gradients."""
 
     @staticmethod
-    def forward(ctx, x, expand, depthwise, project, running, momenta, eps, dims, training, *affine):  # type: ignore[no-untyped-def]
-        ctx.static = (len(eps), dims, training)
+    def forward(ctx, x, expand, depthwise, project, running, momenta, eps, shape, training, *affine):  # type: ignore[no-untyped-def]
+        dims, activation = shape.dims, shape.activation
+        ctx.static = (len(eps), dims, activation, training)
         ctx.graphs = None
         if graphs.enabled() and training and any(ctx.needs_input_grad):
-            ctx.graphs = _graphs_of(x, (expand, depthwise, project), list(affine), running, momenta, eps, dims)
+            ctx.graphs = _graphs_of(x, (expand, depthwise, project), list(affine), running, momenta, eps, shape)
         if ctx.graphs is not None:
             ctx.pending = graphs.Pending()
             return ctx.graphs.forward(x, ctx.pending)
         run = _forward_op if torch.compiler.is_compiling() else block_forward
-        z, *saved = run(x, expand, depthwise, project, list(affine), running, momenta, eps, dims, training)
+        z, *saved = run(x, expand, depthwise, project, list(affine), running, momenta, eps, dims, activation, training)
         ctx.save_for_backward(x, expand, depthwise, project, *saved)
         return z
 
@@ -262,20 +269,21 @@ class InvertedResidual(torch.autograd.Function):
 
 def _graphs_of(
     x: Tensor, weights: tuple[Tensor | None, Tensor, Tensor], affine: list[Tensor], running: list[Tensor],
-    momenta: list[float], eps: list[float], dims: list[int],
+    momenta: list[float], eps: list[float], shape: BlockShape,
 ) -> graphs.Captured | None:  # fmt: skip
     """Autograd does not see the captured launches, so the parameters are taken out of it."""
     fixed = BlockWeights(*(None if w is None else w.detach() for w in weights))  # type: ignore[arg-type]
     vectors = [tensor.detach() for tensor in affine]
+    dims, activation = shape.dims, shape.activation
 
     def forward(x: Tensor) -> list[Tensor]:
-        return block_forward(x, *fixed, vectors, running, momenta, eps, dims, True)
+        return block_forward(x, *fixed, vectors, running, momenta, eps, dims, activation, True)
 
     def backward(grad: Tensor, x: Tensor, saved: list[Tensor]) -> list[Tensor]:
-        return block_backward(grad, x, *fixed, saved, len(eps), dims, True)
+        return block_backward(grad, x, *fixed, saved, len(eps), dims, activation, True)
 
     parameters = [*(w for w in weights if w is not None), *affine]
-    numbers = (momenta, eps, dims)
+    numbers = (momenta, eps, dims, activation)
     return graphs.GRAPHS.find(graphs.Step(forward, backward, running), x, parameters, numbers)
 
 
@@ -291,13 +299,12 @@ def inverted_residual(
     taken = [Norm.of(bn) for bn in norms if bn is not None]
     x = x.to(compute_dtype(x)).contiguous(memory_format=torch.channels_last)
     check_rows(training, x.shape[0] * output_size(x.shape[2], shape.stride) * output_size(x.shape[3], shape.stride))
-    dims = [shape.in_channels, shape.hidden, shape.out_channels, shape.kernel, shape.stride]
     return InvertedResidual.apply(  # type: ignore[no-any-return]
         x, *weights,
         [tensor for norm in taken for tensor in norm.running],
         [-1.0 if norm.momentum is None else norm.momentum for norm in taken],
         [norm.eps for norm in taken],
-        dims, training, *(tensor for norm in taken for tensor in norm.affine),
+        shape, training, *(tensor for norm in taken for tensor in norm.affine),
     )  # fmt: skip
 
 
@@ -306,11 +313,12 @@ def check_rows(training: bool, rows: int) -> None:
         raise ValueError("batch statistics need more than one value per channel; got one; enlarge the batch or image")
 
 
-# ---- the tail: pointwise convolution, BN, ReLU6
+# ---- the tail: pointwise convolution, BN, activation
 
 
 def tail_forward(
-    x: Tensor, weight: Tensor, affine: list[Tensor], running: list[Tensor], momentum: float, eps: float, training: bool
+    x: Tensor, weight: Tensor, affine: list[Tensor], running: list[Tensor], momentum: float, eps: float,
+    activation: str, training: bool,
 ) -> list[Tensor]:  # fmt: skip
     """-> z, y, stats, and the weight's slice in the compute dtype where that is not its own."""
     outputs = weight.shape[0]
@@ -323,53 +331,56 @@ def tail_forward(
         None if momentum < 0 else momentum, eps,
     )  # fmt: skip
     z = torch.empty_like(y)
-    apply(matrix(y), stats, matrix(z), relu6=True)
+    apply(matrix(y), stats, matrix(z), activation=activation)
     return [z, y, stats, w] if cast else [z, y, stats]
 
 
-def tail_backward(grad: Tensor, x: Tensor, weight: Tensor, saved: list[Tensor], training: bool) -> list[Tensor]:
+def tail_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, saved: list[Tensor], activation: str, training: bool
+) -> list[Tensor]:
     """-> gradients of x, weight, and the norm's weight and bias."""
     y, stats = saved[:2]
     w = saved[2] if weight.dtype != x.dtype else weight
-    partial = gradient_sums(matrix(grad), matrix(y), stats, relu6=True)
+    partial = gradient_sums(matrix(grad), matrix(y), stats, activation=activation)
     coefficients, grad_gamma, grad_beta = finalize_backward(partial, stats, _rows(y), training)
     dx = torch.empty_like(x)
     w_partial = expand_backward(
-        matrix(grad), matrix(y), stats, coefficients, w, matrix(x), matrix(dx), shortcut=None, relu6=True
-    )
+        matrix(grad), matrix(y), stats, coefficients, w, matrix(x), matrix(dx),
+        shortcut=None, activation=activation,
+    )  # fmt: skip
     return [dx, reduce_pointwise_gradient(w_partial, weight), grad_gamma, grad_beta]
 
 
-_tail_op = torch.library.custom_op("bsnas::pointwise_bn_relu6", tail_forward, mutates_args={"running"})
-_tail_backward_op = torch.library.custom_op("bsnas::pointwise_bn_relu6_backward", tail_backward, mutates_args=())
+_tail_op = torch.library.custom_op("bsnas::pointwise_bn_act", tail_forward, mutates_args={"running"})
+_tail_backward_op = torch.library.custom_op("bsnas::pointwise_bn_act_backward", tail_backward, mutates_args=())
 
 
 @_tail_op.register_fake
-def _(x, weight, affine, running, momentum, eps, training):  # type: ignore[no-untyped-def]
+def _(x, weight, affine, running, momentum, eps, activation, training):  # type: ignore[no-untyped-def]
     y = _empty(x, weight.shape[0], x.shape[2], x.shape[3])
     out = [torch.empty_like(y), y, torch.empty((4, weight.shape[0]), dtype=torch.float32, device=x.device)]
     return out if weight.dtype == x.dtype else [*out, x.new_empty((weight.shape[0], x.shape[1]))]
 
 
 @_tail_backward_op.register_fake
-def _(grad, x, weight, saved, training):  # type: ignore[no-untyped-def]
+def _(grad, x, weight, saved, activation, training):  # type: ignore[no-untyped-def]
     affine = torch.empty((weight.shape[0],), dtype=torch.float32, device=x.device)
     return [torch.empty_like(x), torch.empty_like(weight), affine, torch.empty_like(affine)]
 
 
-class PointwiseBnRelu6(torch.autograd.Function):
+class PointwiseBnAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, running, momentum, eps, training, gamma, beta):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, running, momentum, eps, activation, training, gamma, beta):  # type: ignore[no-untyped-def]
         ctx.graphs = None
         if graphs.enabled() and training and any(ctx.needs_input_grad):
-            ctx.graphs = _tail_graphs_of(x, weight, [gamma, beta], running, momentum, eps)
+            ctx.graphs = _tail_graphs_of(x, weight, [gamma, beta], running, momentum, eps, activation)
         if ctx.graphs is not None:
             ctx.pending = graphs.Pending()
             return ctx.graphs.forward(x, ctx.pending)
         run = _tail_op if torch.compiler.is_compiling() else tail_forward
-        z, *saved = run(x, weight, [gamma, beta], running, momentum, eps, training)
+        z, *saved = run(x, weight, [gamma, beta], running, momentum, eps, activation, training)
         ctx.save_for_backward(x, weight, *saved)
-        ctx.training = training
+        ctx.static = (activation, training)
         return z
 
     @staticmethod
@@ -380,31 +391,32 @@ class PointwiseBnRelu6(torch.autograd.Function):
         else:
             x, weight, *saved = ctx.saved_tensors
             run = _tail_backward_op if torch.compiler.is_compiling() else tail_backward
-            dx, d_weight, d_gamma, d_beta = run(grad, x, weight, saved, ctx.training)
-        return dx, d_weight, None, None, None, None, d_gamma, d_beta
+            dx, d_weight, d_gamma, d_beta = run(grad, x, weight, saved, *ctx.static)
+        return dx, d_weight, None, None, None, None, None, d_gamma, d_beta
 
 
 def _tail_graphs_of(
-    x: Tensor, weight: Tensor, affine: list[Tensor], running: list[Tensor], momentum: float, eps: float
-) -> graphs.Captured | None:
+    x: Tensor, weight: Tensor, affine: list[Tensor], running: list[Tensor], momentum: float, eps: float,
+    activation: str,
+) -> graphs.Captured | None:  # fmt: skip
     fixed, vectors = weight.detach(), [tensor.detach() for tensor in affine]
 
     def forward(x: Tensor) -> list[Tensor]:
-        return tail_forward(x, fixed, vectors, running, momentum, eps, True)
+        return tail_forward(x, fixed, vectors, running, momentum, eps, activation, True)
 
     def backward(grad: Tensor, x: Tensor, saved: list[Tensor]) -> list[Tensor]:
-        return tail_backward(grad, x, fixed, saved, True)
+        return tail_backward(grad, x, fixed, saved, activation, True)
 
     step = graphs.Step(forward, backward, running)
-    return graphs.GRAPHS.find(step, x, [weight, *affine], (momentum, eps))
+    return graphs.GRAPHS.find(step, x, [weight, *affine], (momentum, eps, activation))
 
 
-def pointwise_bn_relu6(x: Tensor, weight: Tensor, bn: nn.BatchNorm2d, *, training: bool) -> Tensor:
-    """See `kernels.pointwise_bn_relu6`."""
+def pointwise_bn_act(x: Tensor, weight: Tensor, bn: nn.BatchNorm2d, *, activation: str, training: bool) -> Tensor:
+    """See `kernels.pointwise_bn_act`."""
     norm = Norm.of(bn)
     x = x.to(compute_dtype(x)).contiguous(memory_format=torch.channels_last)
     check_rows(training, _rows(x))
     momentum = -1.0 if norm.momentum is None else norm.momentum
-    return PointwiseBnRelu6.apply(  # type: ignore[no-any-return]
-        x, weight, list(norm.running), momentum, norm.eps, training, *norm.affine
+    return PointwiseBnAct.apply(  # type: ignore[no-any-return]
+        x, weight, list(norm.running), momentum, norm.eps, activation, training, *norm.affine
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bsnas.kernels.gpu.configs import DepthwiseConfig, depthwise_backward_config, depthwise_config
 from bsnas.kernels.gpu.launch import CachedLaunches
-from bsnas.kernels.gpu.support import alignment, cdiv, relu6, round_to
+from bsnas.kernels.gpu.support import activate, alignment, cdiv, lets_through, round_to
 
 # ---- forward
 
@@ -46,14 +46,14 @@ def _load_rows(
 def _normalised_row(
     raw, row, alive, ix0, row_ok, W, scale, shift,
     COLUMNS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EVEN: tl.constexpr, CHECK_ROW: tl.constexpr,
-    PROLOGUE: tl.constexpr,
+    PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Row `row` of raw values as float32: relu6(scale * x + shift), and zero, not relu6(shift), outside the image."""
+    """Row `row` of raw values as float32: act(scale * x + shift), and zero, not act(shift), outside the image."""
     values = ()
     for column in tl.static_range(COLUMNS):
         value = raw[row * COLUMNS + column].to(tl.float32)
         if PROLOGUE:
-            value = relu6(value * scale + shift)
+            value = activate(value * scale + shift, ACTIVATION)
             if not EVEN or column < LEFT or column > RIGHT:
                 ix = ix0 + column
                 value = tl.where(row_ok & ((ix >= 0) & (ix < W))[:, None], value, 0.0)
@@ -68,12 +68,12 @@ def _normalised_row(
 def depthwise_forward_kernel(
     x, stats, w, out_scale, out_shift, y, partial, counts, N, H, W, HO, WO, C_units, images_per_segment,
     ALIGN: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr,
-    PROLOGUE: tl.constexpr, STATISTICS: tl.constexpr, EPILOGUE: tl.constexpr, RELU6: tl.constexpr,
+    PROLOGUE: tl.constexpr, STATISTICS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
     TW: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """x [N, H, W, C], w [KERNEL * KERNEL, C] float32 -> y [N, HO, WO, C]; zero padding comes after the prologue.
 
-    In evaluation EPILOGUE: y = out_scale[s] * conv + out_shift[s] for the segment s of an image, then ReLU6; [S, C].
+    In evaluation EPILOGUE: y = act(out_scale[s] * conv + out_shift[s]) for the segment s of an image, [S, C].
     """
     PAD: tl.constexpr = KERNEL // 2
     DEPTH: tl.constexpr = (KERNEL - 1) // STRIDE + 1  # output rows that wait for input
@@ -125,7 +125,7 @@ def depthwise_forward_kernel(
                 # stride 1 visits rows of the image only
                 values = _normalised_row(
                     current, s, alive, ix0, (iy >= 0) & (iy < H), W, scale, shift,
-                    COLUMNS, LEFT, RIGHT, EVEN, STRIDE > 1, PROLOGUE,
+                    COLUMNS, LEFT, RIGHT, EVEN, STRIDE > 1, PROLOGUE, ACTIVATION,
                 )  # fmt: skip
                 filled = ()
                 for d in tl.static_range(DEPTH):
@@ -144,8 +144,8 @@ def depthwise_forward_kernel(
                 value = ring[(DEPTH - 1) * TW + j]
                 if EPILOGUE:
                     value = value * final_scale + final_shift
-                    if RELU6:
-                        value = relu6(value)
+                    if ACTIVATION is not None:
+                        value = activate(value, ACTIVATION)
                 mask = alive
                 if not EVEN:
                     mask = mask & (ox0 + j < WO)[:, None]
@@ -191,11 +191,12 @@ def output_size(size: int, stride: int) -> int:
 
 def depthwise_forward(
     x: Tensor, taps: Tensor, y: Tensor, stats: Tensor | None, kernel: int, stride: int, *, statistics: bool,
-    epilogue: tuple[Tensor | None, Tensor] | None = None, relu6: bool = False, config: DepthwiseConfig | None = None,
+    activation: str | None, epilogue: tuple[Tensor | None, Tensor] | None = None,
+    config: DepthwiseConfig | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """x [N, H, W, C], taps [k * k, C] float32, y [N, HO, WO, C] -> partial statistics of y, if asked for.
 
-    `epilogue` (scale or None, shift), each [S, C] float32, and `relu6` are for evaluation: see the kernel.
+    The activation follows the norm of x, or in evaluation `epilogue` (scale or None, shift), each [S, C] float32.
     """
     images, height, width, channels = x.shape
     out_height, out_width = y.shape[1:3]
@@ -211,7 +212,7 @@ def depthwise_forward(
         images, height, width, out_height, out_width, channels // align,
         images if epilogue is None else images // epilogue[1].shape[0],
         ALIGN=align, KERNEL=kernel, STRIDE=stride, EVEN=out_width % config.columns == 0,
-        PROLOGUE=stats is not None, STATISTICS=statistics, EPILOGUE=epilogue is not None, RELU6=relu6,
+        PROLOGUE=stats is not None, STATISTICS=statistics, EPILOGUE=epilogue is not None, ACTIVATION=activation,
         TW=config.columns, BT=config.strips, BC=config.channels,
         num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
@@ -224,9 +225,9 @@ def depthwise_forward(
 @triton.jit
 def _finish_row(
     gradients, activations, x_row, dx_row, mean, offset, tiny, reread, sums, weighted, alive, px0, W, C,
-    FIRST: tl.constexpr, EVEN: tl.constexpr, PROLOGUE: tl.constexpr, TW: tl.constexpr,
+    FIRST: tl.constexpr, EVEN: tl.constexpr, PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr, TW: tl.constexpr,
 ):  # fmt: skip
-    """Mask a completed row by relu6', write it, and add it to the sums for the batch norm before the convolution.
+    """Mask a completed row by the activation's slope, write it, and add it to the sums for the norm before.
 
     The second sum, of dx * (x - mean), is taken as dx * (activation - offset) and divided by scale at the end, since
     scale * x + shift is the activation wherever dx is not masked; with `reread`, x itself is read for `tiny` channels.
@@ -238,7 +239,7 @@ def _finish_row(
         gradient = gradients[FIRST * TW + j]
         if PROLOGUE:
             activation = activations[FIRST * TW + j]
-            gradient = tl.where((activation > 0.0) & (activation < 6.0), gradient, 0.0)
+            gradient = tl.where(lets_through(activation, ACTIVATION), gradient, 0.0)
             sums += gradient
             weighted += gradient * (activation - offset)
         tl.store(dx_row + j * C, round_to(gradient, dx_row.dtype.element_ty), mask=mask)
@@ -249,7 +250,7 @@ def _finish_row(
                 if not EVEN:
                     mask = mask & (px0 + j < W)[:, None]
                 activation = activations[FIRST * TW + j]
-                gradient = tl.where((activation > 0.0) & (activation < 6.0), gradients[FIRST * TW + j], 0.0)
+                gradient = tl.where(lets_through(activation, ACTIVATION), gradients[FIRST * TW + j], 0.0)
                 raw = tl.load(x_row + j * C, mask=mask, other=0.0).to(tl.float32)
                 weighted += tl.where(tiny, gradient * (raw - mean - activation + offset), 0.0)
     return sums, weighted
@@ -274,11 +275,11 @@ def _gradient_columns(g_strip, y_strip, q, alive, qx0, HO, WO, C, COLUMNS: tl.co
 def depthwise_backward_kernel(
     grad, y, coefficients, x, stats, w, dx, partial, w_partial, N, H, W, HO, WO, C_units,
     ALIGN: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, PROLOGUE: tl.constexpr,
-    PREFETCH: tl.constexpr, TW: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    ACTIVATION: tl.constexpr, PREFETCH: tl.constexpr, TW: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """With dy = a * grad + b * y + c [N, HO, WO, C] and p = STRIDE * q + tap - PAD:
 
-    dx[p] = relu6'(..) * sum over taps of dy[q] * w[tap]; w_partial[tap] = sum over p of relu6(bn(x[p])) * dy[q].
+    dx[p] = act'(..) * sum over taps of dy[q] * w[tap]; w_partial[tap] = sum over p of act(bn(x[p])) * dy[q].
     Row q of dy touches KERNEL input rows: they wait in registers (gradient and activation) and leave from the top.
     """
     PAD: tl.constexpr = KERNEL // 2
@@ -332,7 +333,21 @@ def depthwise_backward_kernel(
     for ky in tl.static_range(PAD, KERNEL - STRIDE):
         first = _load_rows(x_strip, ky - PAD, alive, px0, H, W, C, 1, TW, 0, TW - 1, EVEN)
         activations = activations + _normalised_row(
-            first, 0, alive, px0, alive & (ky - PAD < H), W, scale, shift, TW, 0, TW - 1, EVEN, True, PROLOGUE
+            first,
+            0,
+            alive,
+            px0,
+            alive & (ky - PAD < H),
+            W,
+            scale,
+            shift,
+            TW,
+            0,
+            TW - 1,
+            EVEN,
+            True,
+            PROLOGUE,
+            ACTIVATION,
         )
     sums = tl.zeros((BT, BC), tl.float32)
     weighted = tl.zeros((BT, BC), tl.float32)
@@ -356,7 +371,7 @@ def depthwise_backward_kernel(
             row = STRIDE * q + AHEAD + s
             window = window + _normalised_row(
                 rows, s, alive, px0, alive & ((row >= 0) & (row < H)), W, scale, shift,
-                TW, 0, TW - 1, EVEN, True, PROLOGUE,
+                TW, 0, TW - 1, EVEN, True, PROLOGUE, ACTIVATION,
             )  # fmt: skip
         filled = gradients
         if q < HO:
@@ -387,7 +402,7 @@ def depthwise_backward_kernel(
             if (row >= 0) & (row < H):
                 sums, weighted = _finish_row(
                     filled, window, x_strip + row * W * C, dx_strip + row * W * C, mean, bn_bias, tiny, reread, sums,
-                    weighted, alive, px0, W, C, s, EVEN, PROLOGUE, TW,
+                    weighted, alive, px0, W, C, s, EVEN, PROLOGUE, ACTIVATION, TW,
                 )  # fmt: skip
         moved = ()
         kept = ()
@@ -409,11 +424,12 @@ def depthwise_backward_kernel(
 
 def depthwise_backward(
     grad: Tensor, y: Tensor, coefficients: Tensor, x: Tensor, stats: Tensor | None, taps: Tensor, dx: Tensor,
-    kernel: int, stride: int, config: DepthwiseConfig | None = None,
+    kernel: int, stride: int, activation: str | None, config: DepthwiseConfig | None = None,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """grad, y [N, HO, WO, C], x, dx [N, H, W, C] -> partial sums [P, 2, C] of dx, taps' gradients [P, k * k, C].
 
-    dx is the gradient at the batch norm before the convolution, or at its plain input where stats is None.
+    dx is the gradient at the batch norm before the convolution, which the activation follows, or at its plain input
+    where stats is None.
     """
     images, height, width, channels = x.shape
     out_height, out_width = y.shape[1:3]
@@ -428,6 +444,7 @@ def depthwise_backward(
         grad, y, coefficients, x, stats, taps, dx, partial, w_partial,
         images, height, width, out_height, out_width, channels // align,
         ALIGN=align, KERNEL=kernel, STRIDE=stride, EVEN=width % config.columns == 0, PROLOGUE=stats is not None,
-        PREFETCH=config.prefetch, TW=config.columns, BT=config.strips, BC=config.channels, num_warps=config.warps,
+        ACTIVATION=activation, PREFETCH=config.prefetch,
+        TW=config.columns, BT=config.strips, BC=config.channels, num_warps=config.warps,
     )  # fmt: skip
     return partial, w_partial

@@ -1,7 +1,7 @@
 """Convolutions of networks that do not train, on Triton: see kernels/inference.py, whose backend `Triton` is.
 
 Scale and shift of a segment (a network's own batch normalisation; one segment when it is folded into the weights),
-ReLU6 and shortcut happen in the convolution's epilogue, so every tensor is written once and read once.
+activation and shortcut happen in the convolution's epilogue, so every tensor is written once and read once.
 """
 
 import math
@@ -15,17 +15,17 @@ from bsnas.kernels.gpu.configs import multiprocessors, pointwise_config
 from bsnas.kernels.gpu.depthwise import depthwise_forward, output_size
 from bsnas.kernels.gpu.launch import CachedLaunches
 from bsnas.kernels.gpu.pointwise import split_rows
-from bsnas.kernels.gpu.support import alignment, cdiv, dot, int64, relu6, round_to
+from bsnas.kernels.gpu.support import activate, alignment, cdiv, dot, int64, round_to
 
 
 @CachedLaunches
 @triton.jit(do_not_specialize=["K_units", "N_units", "rows_per_segment", "rows_per_program", "programs_per_segment"])
 def pointwise_inference_kernel(
     x, w, scale, shift, residual, y, K_units, N_units, rows_per_segment, rows_per_program, programs_per_segment,
-    ALIGN: tl.constexpr, RELU6: tl.constexpr,
+    ALIGN: tl.constexpr, ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] = scale[s, n] * (x @ w^T)[m, n] + shift[s, n] for m's segment s, then ReLU6 or + residual.
+    """y[m, n] = scale[s, n] * (x @ w^T)[m, n] + shift[s, n] for m's segment s, + residual, then activation.
 
     A program's rows are all of one segment.
     """
@@ -59,13 +59,13 @@ def pointwise_inference_kernel(
         if residual is not None:
             at_rows = row * N + m[:, None] * N + n[None, :]
             out += tl.load(residual + at_rows, mask=mask, other=0.0).to(tl.float32)
-        if RELU6:
-            out = relu6(out)
+        if ACTIVATION is not None:
+            out = activate(out, ACTIVATION)
         tl.store(y + row * N + m[:, None] * N + n[None, :], round_to(out, y.dtype.element_ty), mask=mask)
 
 
 def _pointwise(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor, relu6: bool, residual: Tensor | None
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor, activation: str | None, residual: Tensor | None
 ) -> Tensor:
     """x [S * n, in, H, W]; scale (or None for 1), shift [S, out] -> [S * n, out, H, W] channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
@@ -85,7 +85,7 @@ def _pointwise(
     pointwise_inference_kernel[(segments * programs * tiles_n,)](
         x, weight, scale, shift, residual, y,
         inner // align, outer // align, rows // segments, per_program, programs,
-        ALIGN=align, RELU6=relu6,
+        ALIGN=align, ACTIVATION=activation,
         BM=config.block_m, BN=config.block_n, BK=config.block_k, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return y
@@ -96,7 +96,9 @@ def _taps(weight: Tensor) -> Tensor:
     return weight.reshape(weight.shape[0], -1).t().contiguous().float()
 
 
-def _depthwise(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor, stride: int, relu6: bool) -> Tensor:
+def _depthwise(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor, stride: int, activation: str | None
+) -> Tensor:
     """x [S * n, C, H, W], weight [C, 1, k, k] or its taps; scale (or None for 1), shift [S, C] float32."""
     x = x.contiguous(memory_format=torch.channels_last)
     images, channels, height, width = x.shape
@@ -105,7 +107,15 @@ def _depthwise(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor, s
     out = (images, output_size(height, stride), output_size(width, stride), channels)
     y = torch.empty(out, dtype=x.dtype, device=x.device)
     depthwise_forward(
-        x.permute(0, 2, 3, 1), taps, y, None, kernel, stride, statistics=False, epilogue=(scale, shift), relu6=relu6
+        x.permute(0, 2, 3, 1),
+        taps,
+        y,
+        None,
+        kernel,
+        stride,
+        statistics=False,
+        activation=activation,
+        epilogue=(scale, shift),
     )
     return y.permute(0, 3, 1, 2)
 
@@ -119,22 +129,28 @@ class Triton:
 
     @staticmethod
     def folded_pointwise(
-        x: Tensor, weight: Tensor, bias: Tensor, *, relu6: bool, residual: Tensor | None = None
+        x: Tensor, weight: Tensor, bias: Tensor, *, activation: str | None, residual: Tensor | None = None
     ) -> Tensor:
-        return _pointwise(x, weight, None, bias[None], relu6, residual)
+        return _pointwise(x, weight, None, bias[None], activation, residual)
 
     @staticmethod
-    def folded_depthwise(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, relu6: bool) -> Tensor:
-        return _depthwise(x, weight, None, bias[None].float(), stride, relu6)
+    def folded_depthwise(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, activation: str | None) -> Tensor:
+        return _depthwise(x, weight, None, bias[None].float(), stride, activation)
 
     @staticmethod
     def segmented_pointwise(
-        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, relu6: bool, residual: Tensor | None = None
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        *,
+        activation: str | None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        return _pointwise(x, weight, scale, shift, relu6, residual)
+        return _pointwise(x, weight, scale, shift, activation, residual)
 
     @staticmethod
     def segmented_depthwise(
-        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, stride: int, relu6: bool
+        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, stride: int, activation: str | None
     ) -> Tensor:
-        return _depthwise(x, weight, scale, shift, stride, relu6)
+        return _depthwise(x, weight, scale, shift, stride, activation)

@@ -2,8 +2,8 @@
 """Pointwise (1x1) convolution: a tall and skinny matrix product, bound by the bytes of its widest operand.
 
 Every kernel reads each wide tensor once. A program keeps its slice of the weight and walks down the pixels, so partial
-statistics and weight gradients stay in registers until it ends. Batch norm and ReLU6 of the input, and the affine form
-of a batch norm's backward, are applied as operands are loaded; only raw convolution outputs are ever stored.
+statistics and weight gradients stay in registers until it ends. Batch norm and activation of the input, and the affine
+form of a batch norm's backward, are applied as operands are loaded; only raw convolution outputs are ever stored.
 """
 
 import torch
@@ -22,7 +22,17 @@ from bsnas.kernels.gpu.configs import (
     weight_gradient_config,
 )  # fmt: skip
 from bsnas.kernels.gpu.launch import CachedLaunches
-from bsnas.kernels.gpu.support import alignment, bn_backward, cdiv, dot, int64, merge_tile, relu6, round_to
+from bsnas.kernels.gpu.support import (
+    activate,
+    alignment,
+    bn_backward,
+    cdiv,
+    dot,
+    int64,
+    lets_through,
+    merge_tile,
+    round_to,
+)  # fmt: skip
 
 # ---- forward
 
@@ -31,10 +41,10 @@ from bsnas.kernels.gpu.support import alignment, bn_backward, cdiv, dot, int64, 
 @triton.jit(do_not_specialize=["M", "K_units", "N_units", "w_stride_units", "rows_per_program"])
 def pointwise_forward_kernel(
     x, stats, w, y, partial, counts, M, K_units, N_units, w_stride_units, rows_per_program,
-    ALIGN: tl.constexpr, PROLOGUE: tl.constexpr, STATISTICS: tl.constexpr, ONE_STEP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ALIGN: tl.constexpr, PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr, STATISTICS: tl.constexpr,
+    ONE_STEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """y[M, N] = f(x[M, K]) @ w[:N, :K]^T with f the identity or relu6(scale * x + shift)."""
+    """y[M, N] = f(x[M, K]) @ w[:N, :K]^T with f the identity or, in PROLOGUE, act(scale * x + shift)."""
     K = K_units * ALIGN
     N = N_units * ALIGN
     w_stride = w_stride_units * ALIGN
@@ -63,7 +73,7 @@ def pointwise_forward_kernel(
         if ONE_STEP:
             a = tl.load(x_rows + k[None, :], mask=valid & (k < K)[None, :], other=0.0)
             if PROLOGUE:
-                a = round_to(relu6(a.to(tl.float32) * scale + shift), dtype)
+                a = round_to(activate(a.to(tl.float32) * scale + shift, ACTIVATION), dtype)
             acc = dot(a, weight, acc)
         else:
             for k0 in range(0, K, BK):
@@ -75,7 +85,7 @@ def pointwise_forward_kernel(
                 if PROLOGUE:
                     step_scale = tl.load(stats + k0 + k, mask=inside, other=0.0)[None, :]
                     step_shift = tl.load(stats + K + k0 + k, mask=inside, other=0.0)[None, :]
-                    a = round_to(relu6(a.to(tl.float32) * step_scale + step_shift), dtype)
+                    a = round_to(activate(a.to(tl.float32) * step_scale + step_shift, ACTIVATION), dtype)
                 acc = dot(a, b, acc)
         out = round_to(acc, dtype)
         tl.store(y + int64(m0) * N + m[:, None] * N + n[None, :], out, mask=valid & (n < N)[None, :])
@@ -96,10 +106,13 @@ def split_rows(rows: int, block_m: int, programs: int) -> tuple[int, int]:
 
 
 def pointwise_forward(
-    x: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None, *, statistics: bool,
+    x: Tensor, weight: Tensor, y: Tensor, stats: Tensor | None, *, statistics: bool, activation: str | None = None,
     config: PointwiseConfig | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """x [M, K], weight [N.., K..] with unit column stride, y [M, N] -> partial statistics of y, if asked for."""
+    """x [M, K], weight [N.., K..] with unit column stride, y [M, N] -> partial statistics of y, if asked for.
+
+    With `stats`, x passes that norm and the activation as it is loaded.
+    """
     rows, inner = x.shape
     outer = y.shape[1]
     align = alignment(inner, outer, weight.stride(0))
@@ -115,8 +128,8 @@ def pointwise_forward(
     pointwise_forward_kernel[(programs * tiles_n,)](
         x, stats, weight, y, partial, counts,
         rows, inner // align, outer // align, weight.stride(0) // align, per_program,
-        ALIGN=align, PROLOGUE=stats is not None, STATISTICS=statistics, ONE_STEP=config.block_k >= inner,
-        BM=config.block_m, BN=config.block_n, BK=config.block_k,
+        ALIGN=align, PROLOGUE=stats is not None, ACTIVATION=activation, STATISTICS=statistics,
+        ONE_STEP=config.block_k >= inner, BM=config.block_m, BN=config.block_n, BK=config.block_k,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return None if partial is None or counts is None else (partial, counts)
@@ -130,10 +143,10 @@ def pointwise_forward(
 def project_backward_kernel(
     grad, y3, coefficients, w, y2, stats, dz2, partial, w_partial, M, OUT_units, H_units, w_stride_units,
     rows_per_program,
-    ALIGN: tl.constexpr, AFFINE: tl.constexpr, OUT_TILES: tl.constexpr,
+    ALIGN: tl.constexpr, AFFINE: tl.constexpr, ACTIVATION: tl.constexpr, OUT_TILES: tl.constexpr,
     BM: tl.constexpr, BH: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """dz2 = (dy3 @ w) masked by relu6'(bn2(y2)); w_partial[program] = dy3^T @ relu6(bn2(y2)); sums of dz2.
+    """dz2 = (dy3 @ w) * act'(bn2(y2)); w_partial[program] = dy3^T @ act(bn2(y2)); sums of dz2.
 
     dy3 = a * grad + b * y3 + c [M, OUT], or grad itself without AFFINE; w [OUT, H]; one program holds BH of H and walks
     down its rows.
@@ -167,7 +180,7 @@ def project_backward_kernel(
         wide_mask = valid & (h < H)[None, :]
         raw = tl.load(y2 + wide, mask=wide_mask, other=0.0).to(tl.float32)
         u = scale * raw + shift
-        activation = round_to(relu6(u), dtype)
+        activation = round_to(activate(u, ACTIVATION), dtype)
         gradient = tl.zeros((BM, BH), tl.float32)
         new_grads = ()
         for t in tl.static_range(OUT_TILES):
@@ -185,7 +198,7 @@ def project_backward_kernel(
             gradient = dot(dy3, weights[t], gradient)
             new_grads = new_grads + (dot(tl.trans(activation), dy3, w_grads[t]),)
         w_grads = new_grads
-        out = round_to(tl.where((u > 0.0) & (u < 6.0), gradient, 0.0), dtype)
+        out = round_to(tl.where(lets_through(u, ACTIVATION), gradient, 0.0), dtype)
         tl.store(dz2 + wide, out, mask=wide_mask)
         kept = out.to(tl.float32)
         sums += tl.sum(kept, 0)
@@ -199,8 +212,8 @@ def project_backward_kernel(
 
 
 def project_backward(
-    grad: Tensor, y3: Tensor, coefficients: Tensor, weight: Tensor, y2: Tensor, stats: Tensor, dz2: Tensor,
-    config: PointwiseConfig | None = None,
+    grad: Tensor, y3: Tensor, coefficients: Tensor, weight: Tensor, y2: Tensor, stats: Tensor, dz2: Tensor, *,
+    activation: str, config: PointwiseConfig | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """grad, y3 [M, OUT], weight [OUT.., H..], y2, dz2 [M, H] -> partial sums [P, 2, H], weight gradients [P, OUT, H].
 
@@ -225,7 +238,7 @@ def project_backward(
     project_backward_kernel[(programs * tiles_h,)](
         grad, y3, coefficients, weight, y2, stats, dz2, partial, w_partial,
         rows, out // align, hidden // align, weight.stride(0) // align, per_program,
-        ALIGN=align, AFFINE=affine, OUT_TILES=cdiv(out, config.block_k),
+        ALIGN=align, AFFINE=affine, ACTIVATION=activation, OUT_TILES=cdiv(out, config.block_k),
         BM=config.block_m, BH=config.block_n, BO=config.block_k,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -297,10 +310,13 @@ def expand_backward_kernel(
 @triton.jit(do_not_specialize=["M", "H_units", "IN_units", "w_stride_units"])
 def input_gradient_kernel(
     grad, y, stats, coefficients, w, shortcut, dx, M, H_units, IN_units, w_stride_units,
-    ALIGN: tl.constexpr, RELU6: tl.constexpr, SHORTCUT: tl.constexpr,
+    ALIGN: tl.constexpr, ACTIVATION: tl.constexpr, SHORTCUT: tl.constexpr,
     BM: tl.constexpr, BI: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """dx = dy @ w (+ shortcut), for weights too large for `expand_backward_kernel`; RELU6 as in the tail."""
+    """dx = dy @ w (+ shortcut), for weights too large for `expand_backward_kernel`.
+
+    grad is the one at y's norm, or at the ACTIVATION after it, as in the tail.
+    """
     H = H_units * ALIGN
     IN = IN_units * ALIGN
     w_stride = w_stride_units * ALIGN
@@ -328,10 +344,10 @@ def input_gradient_kernel(
         c = tl.load(coefficients + 2 * H + channel, mask=inside, other=0.0)[None, :]
         scale = a
         shift = b
-        if RELU6:
+        if ACTIVATION is not None:
             scale = tl.load(stats + channel, mask=inside, other=0.0)[None, :]
             shift = tl.load(stats + H + channel, mask=inside, other=0.0)[None, :]
-        out = dot(round_to(bn_backward(g, v, a, b, c, scale, shift, RELU6), dtype), weight, out)
+        out = dot(round_to(bn_backward(g, v, a, b, c, scale, shift, ACTIVATION), dtype), weight, out)
     narrow = row * IN + m[:, None] * IN + i[None, :]
     narrow_mask = valid & (i < IN)[None, :]
     if SHORTCUT:
@@ -343,7 +359,7 @@ def input_gradient_kernel(
 @triton.jit(do_not_specialize=["M", "H_units", "IN_units", "rows_per_program"])
 def weight_gradient_kernel(
     grad, y, stats, coefficients, x, w_partial, M, H_units, IN_units, rows_per_program,
-    ALIGN: tl.constexpr, RELU6: tl.constexpr, IN_TILES: tl.constexpr,
+    ALIGN: tl.constexpr, ACTIVATION: tl.constexpr, IN_TILES: tl.constexpr,
     BM: tl.constexpr, BH: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """w_partial[program] = dy^T @ x: the other half of `input_gradient_kernel`; a program holds BH of H, all of IN."""
@@ -361,7 +377,7 @@ def weight_gradient_kernel(
     c = tl.load(coefficients + 2 * H + h, mask=inside, other=0.0)[None, :]
     scale = a
     shift = b
-    if RELU6:
+    if ACTIVATION is not None:
         scale = tl.load(stats + h, mask=inside, other=0.0)[None, :]
         shift = tl.load(stats + H + h, mask=inside, other=0.0)[None, :]
     w_grads = ()
@@ -375,7 +391,7 @@ def weight_gradient_kernel(
         wide = row * H + m[:, None] * H + h[None, :]
         g = tl.load(grad + wide, mask=valid & inside[None, :], other=0.0).to(tl.float32)
         v = tl.load(y + wide, mask=valid & inside[None, :], other=0.0).to(tl.float32)
-        dy = round_to(bn_backward(g, v, a, b, c, scale, shift, RELU6), dtype)
+        dy = round_to(bn_backward(g, v, a, b, c, scale, shift, ACTIVATION), dtype)
         new_grads = ()
         for t in tl.static_range(IN_TILES):
             channel = t * BI + i
@@ -391,17 +407,17 @@ def weight_gradient_kernel(
 
 def expand_backward(
     grad: Tensor, y: Tensor, stats: Tensor, coefficients: Tensor, weight: Tensor, x: Tensor, dx: Tensor, *,
-    shortcut: Tensor | None, relu6: bool = False,
+    shortcut: Tensor | None, activation: str | None = None,
 ) -> Tensor:  # fmt: skip
     """grad, y [M, H], weight [H.., IN..], x, dx, shortcut [M, IN] -> weight gradients [P, H, IN]; writes dx.
 
-    grad is the gradient at the batch norm of y, or with `relu6` at the ReLU6 after it.
+    grad is the gradient at the batch norm of y, or at the activation after it where there is one.
     """
-    config = None if relu6 else expand_backward_config(y, y.shape[1], x.shape[1])
+    config = None if activation else expand_backward_config(y, y.shape[1], x.shape[1])
     if config is not None:
         return expand_backward_fused(grad, y, coefficients, weight, x, dx, shortcut, config)
-    input_gradient(grad, y, stats, coefficients, weight, dx, shortcut=shortcut, relu6=relu6)
-    return weight_gradient(grad, y, stats, coefficients, x, relu6=relu6)
+    input_gradient(grad, y, stats, coefficients, weight, dx, shortcut=shortcut, activation=activation)
+    return weight_gradient(grad, y, stats, coefficients, x, activation=activation)
 
 
 def expand_backward_fused(
@@ -424,7 +440,7 @@ def expand_backward_fused(
 
 def input_gradient(
     grad: Tensor, y: Tensor, stats: Tensor, coefficients: Tensor, weight: Tensor, dx: Tensor, *,
-    shortcut: Tensor | None, relu6: bool, config: PointwiseConfig | None = None,
+    shortcut: Tensor | None, activation: str | None, config: PointwiseConfig | None = None,
 ) -> None:  # fmt: skip
     rows, hidden = y.shape
     inputs = dx.shape[1]
@@ -433,13 +449,13 @@ def input_gradient(
     input_gradient_kernel[(cdiv(rows, config.block_m) * cdiv(inputs, config.block_n),)](
         grad, y, stats, coefficients, weight, shortcut, dx,
         rows, hidden // align, inputs // align, weight.stride(0) // align,
-        ALIGN=align, RELU6=relu6, SHORTCUT=shortcut is not None,
+        ALIGN=align, ACTIVATION=activation, SHORTCUT=shortcut is not None,
         BM=config.block_m, BI=config.block_n, BH=config.block_k, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
 def weight_gradient(
-    grad: Tensor, y: Tensor, stats: Tensor, coefficients: Tensor, x: Tensor, *, relu6: bool,
+    grad: Tensor, y: Tensor, stats: Tensor, coefficients: Tensor, x: Tensor, *, activation: str | None,
     config: PointwiseConfig | None = None,
 ) -> Tensor:  # fmt: skip
     rows, hidden = y.shape
@@ -454,7 +470,7 @@ def weight_gradient(
     weight_gradient_kernel[(programs * tiles_h,)](
         grad, y, stats, coefficients, x, w_partial,
         rows, hidden // align, inputs // align, per_program,
-        ALIGN=align, RELU6=relu6, IN_TILES=cdiv(inputs, config.block_k),
+        ALIGN=align, ACTIVATION=activation, IN_TILES=cdiv(inputs, config.block_k),
         BM=config.block_m, BH=config.block_n, BI=config.block_k, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return w_partial

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: rounding, ReLU6, the matrix product, and per-channel statistics of a tile.
+"""What the Triton kernels share: rounding, activations, the matrix product, and per-channel statistics of a tile.
 
 Activations are channels_last, seen as matrices [M, C] with M = N * H * W. A kernel gets channel counts in units of
 ALIGN channels: a count it multiplies by 8 itself is known to be divisible by 8, so masked rows still load 16 bytes at
@@ -51,10 +51,21 @@ def int64(index):
 
 
 @triton.jit
-def relu6(x):
-    """NaN stays NaN, as in torch: a broken step must not look like a healthy one."""
+def activate(x, ACTIVATION: tl.constexpr):
+    """relu6 or relu. NaN stays NaN, as in torch: a broken step must not look like a healthy one."""
     x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    if ACTIVATION == "relu6":
+        x = tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    return x
+
+
+@triton.jit
+def lets_through(u, ACTIVATION: tl.constexpr):
+    """Where a gradient passes the activation of u; u may be the activation itself."""
+    inside = u > 0.0
+    if ACTIVATION == "relu6":
+        inside = inside & (u < 6.0)
+    return inside
 
 
 @triton.jit
@@ -82,9 +93,8 @@ def merge_tile(count, mean, m2, tile, valid, rows):
 
 
 @triton.jit
-def bn_backward(grad, y, a, b, c, scale, shift, RELU6: tl.constexpr):
-    """Gradient at a raw convolution output y from the gradient at its batch norm (or at the ReLU6 after it)."""
-    if RELU6:
-        u = scale * y + shift
-        grad = tl.where((u > 0.0) & (u < 6.0), grad, 0.0)
+def bn_backward(grad, y, a, b, c, scale, shift, ACTIVATION: tl.constexpr):
+    """Gradient at a raw convolution output y from the one at its batch norm, or at the activation after it."""
+    if ACTIVATION is not None:
+        grad = tl.where(lets_through(scale * y + shift, ACTIVATION), grad, 0.0)
     return a * grad + b * y + c

@@ -97,11 +97,12 @@ def block_step(
     widths = (shape.hidden, shape.hidden, shape.out_channels)
     affine = [empty(c) for c in widths for _ in range(2)]
     running = [t for c in widths for t in (empty(c), empty(c), empty(1, dtype=torch.int64))]
-    dims = [shape.in_channels, shape.hidden, shape.out_channels, shape.kernel, shape.stride]
 
     def step() -> None:
-        z, *saved = block_forward(x, w1, w2, w3, affine, running, [0.1] * 3, [1e-5] * 3, dims, True)
-        block_backward(torch.empty_like(z), x, w1, w2, w3, saved, 3, dims, True)
+        z, *saved = block_forward(
+            x, w1, w2, w3, affine, running, [0.1] * 3, [1e-5] * 3, shape.dims, shape.activation, True
+        )
+        block_backward(torch.empty_like(z), x, w1, w2, w3, saved, 3, shape.dims, shape.activation, True)
 
     return step
 
@@ -117,8 +118,8 @@ def tail_launches(inputs: int, outputs: int, batch: int, size: int, dtype: torch
     running = [meta(outputs), meta(outputs), meta(1, dtype=torch.int64)]
 
     def step() -> None:
-        z, *saved = tail_forward(x, weight, [meta(outputs), meta(outputs)], running, 0.1, 1e-5, True)
-        tail_backward(torch.empty_like(z), x, weight, saved, True)
+        z, *saved = tail_forward(x, weight, [meta(outputs), meta(outputs)], running, 0.1, 1e-5, "relu6", True)
+        tail_backward(torch.empty_like(z), x, weight, saved, "relu6", True)
 
     return recorded_launches(step)
 
@@ -142,10 +143,10 @@ def inference_launches(shape: BlockShape, batch: int, size: int, dtype: torch.dt
     depthwise = Triton.segmented_depthwise if segments else Triton.folded_depthwise
 
     def run() -> None:
-        y = pointwise(x, expand, *vectors(shape.hidden), relu6=True)
-        y = depthwise(y, taps, *vectors(shape.hidden), stride=shape.stride, relu6=True)
+        y = pointwise(x, expand, *vectors(shape.hidden), activation="relu6")
+        y = depthwise(y, taps, *vectors(shape.hidden), stride=shape.stride, activation="relu6")
         residual = x if shape.residual else None
-        pointwise(y, project, *vectors(shape.out_channels), relu6=False, residual=residual)
+        pointwise(y, project, *vectors(shape.out_channels), activation=None, residual=residual)
 
     return recorded_launches(run)
 

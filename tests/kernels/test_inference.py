@@ -19,6 +19,7 @@ from bsnas.kernels.inference import (
     segmented_depthwise,
     segmented_pointwise,
 )
+from bsnas.kernels.plan import activate
 
 BACKENDS = ["reference", "onednn"]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
@@ -43,7 +44,7 @@ def _seed():
 
 
 @pytest.mark.parametrize("sliced", [False, True])
-@pytest.mark.parametrize("tail", ["none", "relu6", "residual"])
+@pytest.mark.parametrize("tail", [None, "relu6", "relu", "residual"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", POINTWISE)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -56,30 +57,30 @@ def test_pointwise(backend, shape, dtype, tail, sliced):
     expected = F.conv2d(x.double(), weight.double()[:, :, None, None], bias.double())
     if residual is not None:
         expected = expected + residual.double()
-    if tail == "relu6":
-        expected = expected.clamp(0, 6)
-    y = folded_pointwise(x, weight, bias, relu6=tail == "relu6", residual=residual, backend=backend)
+    activation = None if tail == "residual" else tail
+    expected = activate(expected, activation)
+    y = folded_pointwise(x, weight, bias, activation=activation, residual=residual, backend=backend)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y.double(), expected, atol=TOLERANCE[dtype] * cin**0.5, rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("relu6", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu6", "relu"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("n", "c", "size", "kernel"), [(2, 8, 9, 3), (1, 24, 6, 5), (3, 40, 2, 7), (2, 7, 1, 5)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_depthwise(backend, n, c, size, kernel, stride, dtype, packed, relu6):
+def test_depthwise(backend, n, c, size, kernel, stride, dtype, packed, activation):
     skip_unless_it_runs(backend, dtype)
     if packed and backend == "reference":
         pytest.skip("packed weights are for the backend that runs fastest")
     x, weight, bias = images(n, c, size, dtype), torch.randn(c, 1, kernel, kernel).to(dtype), torch.randn(c).to(dtype)
     expected = F.conv2d(x.double(), weight.double(), bias.double(), stride=stride, padding=kernel // 2, groups=c)
     given = packed_depthwise(weight, size, stride) if packed else weight
-    y = folded_depthwise(x, given, bias, stride=stride, relu6=relu6, backend=backend)
+    y = folded_depthwise(x, given, bias, stride=stride, activation=activation, backend=backend)
     assert y.shape[2] == -(-size // stride)
-    expected = expected.clamp(0, 6) if relu6 else expected
+    expected = activate(expected, activation)
     torch.testing.assert_close(y.double(), expected, atol=TOLERANCE[dtype] * kernel, rtol=TOLERANCE[dtype])
 
 
@@ -90,17 +91,17 @@ def test_segments_have_scale_and_shift_of_their_own(backend, segments):
     n, cin, cout = 4, 72, 100
     x, residual = images(segments * n, cin, 3), images(segments * n, cout, 3)
     weight, depth = torch.randn(cout, cin), torch.randn(cin, 1, 5, 5)
-    for relu6, shortcut in ((True, None), (False, residual), (False, None)):
+    for activation, shortcut in (("relu6", None), ("relu", None), (None, residual), (None, None)):
         scale, shift = torch.randn(segments, cout), torch.randn(segments, cout)
-        y = segmented_pointwise(x, weight, scale, shift, relu6=relu6, residual=shortcut, backend=backend)
+        y = segmented_pointwise(x, weight, scale, shift, activation=activation, residual=shortcut, backend=backend)
         for s in range(segments):
             rows = slice(s * n, (s + 1) * n)
             expected = F.conv2d(x[rows], weight[:, :, None, None]) * scale[s, :, None, None] + shift[s, :, None, None]
             if shortcut is not None:
                 expected = expected + shortcut[rows]
-            torch.testing.assert_close(y[rows], expected.clamp(0, 6) if relu6 else expected, atol=2e-4, rtol=1e-4)
+            torch.testing.assert_close(y[rows], activate(expected, activation), atol=2e-4, rtol=1e-4)
     scale, shift = torch.randn(segments, cin), torch.randn(segments, cin)
-    y = segmented_depthwise(x, depth, scale, shift, stride=2, relu6=True, backend=backend)
+    y = segmented_depthwise(x, depth, scale, shift, stride=2, activation="relu6", backend=backend)
     for s in range(segments):
         rows = slice(s * n, (s + 1) * n)
         expected = F.conv2d(x[rows], depth, stride=2, padding=2, groups=cin)
@@ -130,14 +131,14 @@ def test_segment_statistics_and_affine_are_the_norm_in_train_mode():
 def test_a_backend_that_cannot_run_says_why():
     x, weight, bias = images(1, 8, 2), torch.randn(8, 8), torch.randn(8)
     with pytest.raises(ValueError, match="backend 'winograd' is unknown; allowed are reference, triton, onednn"):
-        folded_pointwise(x, weight, bias, relu6=False, backend="winograd")
+        folded_pointwise(x, weight, bias, activation=None, backend="winograd")
     with pytest.raises(RuntimeError, match="'onednn' cannot run: it runs on the CPU and the tensor is on meta"):
-        folded_pointwise(x.to("meta"), weight, bias, relu6=False, backend="onednn")
+        folded_pointwise(x.to("meta"), weight, bias, activation=None, backend="onednn")
     with pytest.raises(RuntimeError, match=r"not in torch\.float64"):
-        folded_pointwise(x.double(), weight.double(), bias.double(), relu6=False, backend="onednn")
+        folded_pointwise(x.double(), weight.double(), bias.double(), activation=None, backend="onednn")
     if os.environ.get("TRITON_INTERPRET") != "1":
         with pytest.raises(RuntimeError, match="'triton' cannot run: it needs an NVIDIA GPU"):
-            folded_pointwise(x, weight, bias, relu6=False, backend="triton")
+            folded_pointwise(x, weight, bias, activation=None, backend="triton")
 
 
 def test_a_forced_backend_also_scores(monkeypatch):
@@ -146,12 +147,12 @@ def test_a_forced_backend_also_scores(monkeypatch):
     monkeypatch.setenv("BSNAS_KERNELS", "reference")
     given = packed_depthwise(weight, 2, 1)
     assert given is weight
-    folded = folded_depthwise(x, given, bias, stride=1, relu6=True)
-    assert torch.equal(folded, folded_depthwise(x, weight, bias, stride=1, relu6=True, backend="reference"))
+    folded = folded_depthwise(x, given, bias, stride=1, activation="relu6")
+    assert torch.equal(folded, folded_depthwise(x, weight, bias, stride=1, activation="relu6", backend="reference"))
     set_backend("triton")
     try:
         if os.environ.get("TRITON_INTERPRET") != "1":
             with pytest.raises(RuntimeError, match="'triton' cannot run"):
-                folded_depthwise(x, weight, bias, stride=1, relu6=True)
+                folded_depthwise(x, weight, bias, stride=1, activation="relu6")
     finally:
         set_backend(None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bsnas.kernels import BlockShape, BlockWeights, choose_backend, inverted_residual, pointwise_bn_relu6
+from bsnas.kernels import BlockShape, BlockWeights, choose_backend, inverted_residual, pointwise_bn_act
 from bsnas.kernels.cpu import native
 from tests import ROOT
 from tests.kernels.tolerances import TOLERANCE, error
@@ -25,9 +25,12 @@ def random(*size: int, seed: int = 0) -> Tensor:
 
 def run(
     backend: str, shape: BlockShape, size: tuple[int, int], dtype: torch.dtype, *, training: bool = True,
-    kind: str = "expand", mean: float = 0.0,
+    kind: str = "expand", mean: float = 0.0, spread: float = 1.0,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Results of a block on 3 images. Kinds: expand; plain, without an expansion; raw, whose input has a norm."""
+    """Results of a block on 3 images. Kinds: expand; plain, without an expansion; raw, whose input has a norm.
+
+    Activations scatter by `spread` around 1.
+    """
     in_channels, hidden, out_channels = shape.in_channels, shape.hidden, shape.out_channels
     tensors = {
         "x": random(3, in_channels, *size) + mean * random(in_channels, 1, 1, seed=1),
@@ -42,7 +45,7 @@ def run(
     for i, channels in enumerate((hidden, hidden, out_channels)):
         bn = nn.BatchNorm2d(channels, momentum=None if i == 1 else 0.1, dtype=dtype)
         with torch.no_grad():
-            bn.weight.copy_(1 + 0.3 * random(channels, seed=5 + i))
+            bn.weight.copy_(spread * (1 + 0.3 * random(channels, seed=5 + i)))
             bn.bias.copy_(1 + random(channels, seed=8 + i))
             bn.running_mean.copy_(random(channels, seed=11 + i))  # type: ignore[union-attr]
             bn.running_var.copy_(1 + random(channels, seed=14 + i).abs())  # type: ignore[union-attr]
@@ -79,6 +82,12 @@ def test_block(kernel: int, stride: int, size: tuple[int, int]) -> None:
 def test_kinds_of_blocks(kind: str, training: bool) -> None:
     hidden = 60 if kind == "expand" else 20
     compare(BlockShape(20, hidden, 20, 5, 1), (6, 5), kind=kind, training=training)
+
+
+@pytest.mark.parametrize("kind", ["expand", "plain", "raw"])
+def test_relu(kind: str) -> None:
+    hidden = 60 if kind == "expand" else 20
+    compare(BlockShape(20, hidden, 20, 3, 2, "relu"), (6, 5), kind=kind, spread=4.0)
 
 
 @pytest.mark.parametrize("widths", [(1, 3, 1), (64, 192, 64), (70, 210, 65)])
@@ -132,20 +141,20 @@ def test_gradcheck_of_the_tail(backend: str) -> None:
     def tail(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         del bn.weight, bn.bias
         bn.weight, bn.bias = gamma, beta
-        return pointwise_bn_relu6(x, weight, bn, in_channels=3, training=True, backend=backend)
+        return pointwise_bn_act(x, weight, bn, in_channels=3, training=True, backend=backend)
 
     given = random(2, 3, 3, 2), random(5, 4, seed=1), 1 + 0.3 * random(5, seed=2), random(5, seed=3)
     assert torch.autograd.gradcheck(tail, tuple(value.requires_grad_() for value in given))
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_tail(training: bool) -> None:
+@pytest.mark.parametrize(("training", "activation"), [(True, "relu6"), (False, "relu6"), (True, "relu")])
+def test_tail(training: bool, activation: str) -> None:
     found = {}
     for backend in ("reference", "onednn"):
         x, weight = random(3, 20, 4, 5).requires_grad_(), random(40, 24, seed=1).requires_grad_()
         bn = nn.BatchNorm2d(40, dtype=torch.float64)
-        nn.init.uniform_(bn.bias, 0, 4, generator=torch.Generator().manual_seed(0))
-        z = pointwise_bn_relu6(x, weight, bn, in_channels=20, training=training, backend=backend)
+        nn.init.uniform_(bn.bias, 0, 8, generator=torch.Generator().manual_seed(0))
+        z = pointwise_bn_act(x, weight, bn, in_channels=20, activation=activation, training=training, backend=backend)
         z.backward(random(*z.shape, seed=2))
         found[backend] = [z, x.grad, weight.grad, bn.weight.grad, bn.bias.grad, *bn.buffers()]
     for expected, value in zip(*found.values(), strict=True):
@@ -173,7 +182,9 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             x = random(5, 60, 6, 6, seed=1).float().contiguous(memory_format=torch.channels_last)
             weight = random(60, 1, 5, 5, seed=2).float()
             out, _ = native.depthwise_forward(x, stats, weight, shape, moments=False)
-            coefficients, *_ = native.finalize_backward(native.gradient_sums(out, x, stats, relu6=True), stats, 180)
+            coefficients, *_ = native.finalize_backward(
+                native.gradient_sums(out, x, stats, activation="relu6"), stats, 180
+            )
             found.append(native.depthwise_backward(out, x, stats, coefficients, x, stats, weight, shape))
     finally:
         torch.set_num_threads(threads)

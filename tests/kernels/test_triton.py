@@ -21,7 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not GPU and not INTERPRETED:
     pytest.skip("needs an NVIDIA GPU or TRITON_INTERPRET=1 (test_interpreter.py)", allow_module_level=True)
 
-from bsnas.kernels import BlockShape, BlockWeights, graphs, inverted_residual, pointwise_bn_relu6, reference
+from bsnas.kernels import BlockShape, BlockWeights, graphs, inverted_residual, pointwise_bn_act, reference
 from bsnas.kernels.gpu import batch_norm
 from bsnas.kernels.gpu.configs import DepthwiseConfig, PointwiseConfig
 from bsnas.kernels.gpu.depthwise import depthwise_backward, depthwise_forward, output_size
@@ -35,6 +35,7 @@ from bsnas.kernels.gpu.pointwise import (
 )
 from bsnas.kernels.gpu.weights import prepare_weights, reduce_gradients
 from bsnas.kernels.inference import Reference
+from bsnas.kernels.plan import activate
 from tests.kernels.tolerances import TOLERANCE, error
 
 DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
@@ -96,7 +97,9 @@ def test_pointwise_forward(dtype: torch.dtype, rows: int, inner: int, outer: int
     x, weight = random(rows, inner, dtype=dtype), random(outer + 8, inner + 8, dtype=dtype)
     stats = statistics_of(inner) if prologue else None
     y = torch.empty((rows, outer), dtype=dtype, device=DEVICE)
-    partials = pointwise_forward(x, weight, y, stats, statistics=True, config=PointwiseConfig(32, 32, 32, 4, 2, 2))
+    partials = pointwise_forward(
+        x, weight, y, stats, statistics=True, activation="relu6", config=PointwiseConfig(32, 32, 32, 4, 2, 2)
+    )
     a = x.double()
     if stats is not None:
         a = (a * stats[0].double() + stats[1].double()).clamp(0, 6)
@@ -115,7 +118,7 @@ def test_project_backward(dtype: torch.dtype, rows: int, hidden: int, out: int) 
     weight, coefficients, stats = random(out + 8, hidden + 8, dtype=dtype), random(3, out), statistics_of(hidden)
     dz2 = torch.empty((rows, hidden), dtype=dtype, device=DEVICE)
     partial, w_partial = project_backward(
-        grad, y3, coefficients, weight, y2, stats, dz2, PointwiseConfig(32, 32, 16, 4, 1, 2)
+        grad, y3, coefficients, weight, y2, stats, dz2, activation="relu6", config=PointwiseConfig(32, 32, 16, 4, 1, 2)
     )
     a, b, c = coefficients.double()
     dy3 = a * grad.double() + b * y3.double() + c
@@ -140,17 +143,17 @@ def test_expand_backward(dtype: torch.dtype, rows: int, hidden: int, inputs: int
     weight, coefficients, stats = random(hidden + 8, inputs + 8, dtype=dtype), random(3, hidden), statistics_of(hidden)
     add = random(rows, inputs, dtype=dtype) if shortcut else None
     dx = torch.empty_like(x)
-    relu6 = not fused  # the two kernels also serve the tail, whose gradient is masked by ReLU6
+    activation = None if fused else "relu6"  # the two kernels also serve the tail, whose gradient ReLU6 masks
     if fused:
         config = PointwiseConfig(32, 64, 32, 4, 1, 2)
         w_partial = expand_backward_fused(grad, y1, coefficients, weight, x, dx, add, config)
     else:
         config = PointwiseConfig(32, 32, 32, 4, 1, 2)
-        input_gradient(grad, y1, stats, coefficients, weight, dx, shortcut=add, relu6=relu6, config=config)
-        w_partial = weight_gradient(grad, y1, stats, coefficients, x, relu6=relu6, config=config)
+        input_gradient(grad, y1, stats, coefficients, weight, dx, shortcut=add, activation=activation, config=config)
+        w_partial = weight_gradient(grad, y1, stats, coefficients, x, activation=activation, config=config)
     a, b, c = coefficients.double()
     u = y1.double() * stats[0].double() + stats[1].double()
-    masked = grad.double() * ((u > 0) & (u < 6)) if relu6 else grad.double()
+    masked = grad.double() * ((u > 0) & (u < 6)) if activation else grad.double()
     dy1 = a * masked + b * y1.double() + c
     check(dx, dy1 @ weight[:hidden, :inputs].double() + (0 if add is None else add.double()), dtype)
     check(w_partial.sum(0), dy1.T @ x.double(), dtype)
@@ -186,7 +189,7 @@ def test_depthwise(kernel: int, stride: int, size: tuple[int, int], dtype: torch
     y = torch.empty(out, dtype=dtype, device=DEVICE)
     columns = 7 if width % 7 == 0 and stride == 1 else 4
     config = DepthwiseConfig(columns, 4, 32, 4)
-    partials = depthwise_forward(x, taps, y, stats, kernel, stride, statistics=True, config=config)
+    partials = depthwise_forward(x, taps, y, stats, kernel, stride, statistics=True, activation="relu6", config=config)
     x64 = x.double().requires_grad_()
     taps64 = taps.double().requires_grad_()
     stats64 = None if stats is None else stats.double()
@@ -201,7 +204,7 @@ def test_depthwise(kernel: int, stride: int, size: tuple[int, int], dtype: torch
 
     grad, coefficients, dx = random(*out, dtype=dtype), random(3, channels), torch.empty_like(x)
     partial, w_partial = depthwise_backward(
-        grad, y, coefficients, x, stats, taps, dx, kernel, stride, config._replace(columns=4)
+        grad, y, coefficients, x, stats, taps, dx, kernel, stride, "relu6", config._replace(columns=4)
     )
     a, b, c = coefficients.double()
     expected.backward(a * grad.double() + b * y.double() + c)
@@ -257,7 +260,7 @@ def test_nan_stays_nan() -> None:
     x = random(40, 16)
     x[3, 5] = float("nan")
     z = torch.empty_like(x)
-    batch_norm.apply(x, statistics_of(16), z, relu6=True)
+    batch_norm.apply(x, statistics_of(16), z, activation="relu6")
     assert z.isnan().sum() == 1
 
 
@@ -305,16 +308,16 @@ def test_inference(dtype: torch.dtype, segments: int) -> None:
     found = []
     for backend, kind in ((Reference, torch.float64), (Triton, dtype)):
         wide = torch.float64 if kind == torch.float64 else torch.float32
-        for relu6, add in ((True, None), (False, residual.to(kind))):
+        for activation, add in (("relu6", None), ("relu", None), (None, residual.to(kind))):
             vectors = (scale.to(wide), shift.to(wide)) if segments else (shift[0].to(kind),)
             run = backend.segmented_pointwise if segments else backend.folded_pointwise
-            found.append(run(x.to(kind), weight.to(kind), *vectors, relu6=relu6, residual=add))
+            found.append(run(x.to(kind), weight.to(kind), *vectors, activation=activation, residual=add))
         for stride in (1, 2):
             vectors = (scale_in.to(wide), shift_in.to(wide)) if segments else (shift_in[0].to(kind),)
             run = backend.segmented_depthwise if segments else backend.folded_depthwise
             given = taps.to(kind) if backend is Reference or stride == 2 else Triton.packed_depthwise(taps, 5, stride)
-            found.append(run(x.to(kind), given, *vectors, stride=stride, relu6=True))
-    for expected, out in zip(found[:4], found[4:], strict=True):
+            found.append(run(x.to(kind), given, *vectors, stride=stride, activation="relu6" if stride == 1 else "relu"))
+    for expected, out in zip(found[:5], found[5:], strict=True):
         check(out, expected, dtype)
 
 
@@ -323,11 +326,12 @@ def test_inference(dtype: torch.dtype, segments: int) -> None:
 
 def norms(shape: BlockShape, dtype: torch.dtype) -> tuple[nn.BatchNorm2d, ...]:
     made = []
+    spread = 1 if shape.activation == "relu6" else 4  # many values are past 6, where only ReLU6 stops
     generator = torch.Generator().manual_seed(1)
     for channels in (shape.hidden, shape.hidden, shape.out_channels):
         bn = nn.BatchNorm2d(channels)
         with torch.no_grad():
-            bn.weight.copy_(1 + 0.3 * torch.randn(channels, generator=generator))
+            bn.weight.copy_(spread * (1 + 0.3 * torch.randn(channels, generator=generator)))
             bn.bias.copy_(1 + torch.randn(channels, generator=generator))
             bn.running_mean.copy_(torch.randn(channels, generator=generator))
             bn.running_var.copy_(1 + torch.rand(channels, generator=generator))
@@ -389,7 +393,7 @@ def at_stored(exact: Tensor, stored: Tensor, dtype: torch.dtype) -> Tensor:
 def norm_at_stored(
     y: Tensor, bn: nn.BatchNorm2d, stats: Tensor, dtype: torch.dtype, training: bool = True
 ) -> Tensor:  # fmt: skip
-    """bn(y) at the scale and shift that were stored: with the very masks of ReLU6 that our kernels take."""
+    """bn(y) at the scale and shift that were stored: with the very masks of the activation that our kernels take."""
     scale, shift = stats[:2, None, :, None, None].double()
     return at_stored(reference.batch_norm(y, bn, training), scale * y.detach() + shift, dtype)
 
@@ -405,7 +409,7 @@ def check_sum(own: Tensor, want: Tensor, squares: Tensor, operations: int, dtype
 def compare_from_stored(x: Tensor, weights: list[Tensor | None], shape: BlockShape, grad: Tensor) -> None:
     """A training step in 16 bits against float64 at the convolution outputs that our own forward stored.
 
-    ReLU6 masks are then the same in both, so every result is a number of operations away from tensors that both have,
+    Masks are then the same in both, so every result is a number of operations away from tensors that both have,
     and each of them rounds its operands and its output: what TOLERANCE allows for one.
     """
     dtype = x.dtype
@@ -423,16 +427,18 @@ def compare_from_stored(x: Tensor, weights: list[Tensor | None], shape: BlockSha
     expand, depthwise, project = exact
     y1 = at_stored(reference.pointwise(x64, expand, shape.hidden), y1, dtype)
     u1 = norm_at_stored(y1, bns64[0], stats1, dtype)
-    y2 = at_stored(reference.depthwise(F.relu6(u1), depthwise, shape.kernel, shape.stride), y2, dtype)
+    z1 = activate(u1, shape.activation)
+    y2 = at_stored(reference.depthwise(z1, depthwise, shape.kernel, shape.stride), y2, dtype)
     u2 = norm_at_stored(y2, bns64[1], stats2, dtype)
-    y3 = at_stored(reference.pointwise(F.relu6(u2), project, shape.out_channels), y3, dtype)
+    z2 = activate(u2, shape.activation)
+    y3 = at_stored(reference.pointwise(z2, project, shape.out_channels), y3, dtype)
     u3 = norm_at_stored(y3, bns64[2], stats3, dtype)
     z64 = x64 + u3 if shape.residual else u3
     check(z.detach(), z64.detach(), dtype)
 
     z64.backward(grad.double())
     assert error(x.grad, x64.grad) <= 3 * TOLERANCE[dtype]
-    convolutions = ((x64, y1, 1, 3), (F.relu6(u1), y2, shape.hidden, 2), (F.relu6(u2), y3, 1, 1))
+    convolutions = ((x64, y1, 1, 3), (z1, y2, shape.hidden, 2), (z2, y3, 1, 1))
     for own, want, (inputs, y, groups, operations) in zip(leaves, exact, convolutions, strict=True):
         kernel = [shape.kernel] * 2 if groups > 1 else [1, 1]
         size = (y.shape[1], inputs.shape[1] // groups, *kernel)
@@ -455,6 +461,12 @@ def test_block(kernel: int, stride: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_block_in_16_bits(dtype: torch.dtype) -> None:
     compare_block(BlockShape(16, 48, 16, 3, 1), 8, (7, 7), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_block_with_relu(dtype: torch.dtype, stride: int) -> None:
+    compare_block(BlockShape(16, 48, 16, 3, stride, "relu"), 8, (7, 7), dtype)
 
 
 @pytest.mark.parametrize(("outputs", "dtype"), [(208, torch.float32), (264, torch.bfloat16)])
@@ -481,26 +493,27 @@ def test_block_without_expansion_has_a_shortcut() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("training", [True, False])
-def test_tail(dtype: torch.dtype, training: bool) -> None:
+@pytest.mark.parametrize(("training", "activation"), [(True, "relu6"), (False, "relu6"), (True, "relu")])
+def test_tail(dtype: torch.dtype, training: bool, activation: str) -> None:
     """Against float64, in 16 bits at the convolution outputs that were stored, as in `compare_from_stored`."""
     bn, bn64 = (nn.BatchNorm2d(40).to(DEVICE, kind) for kind in (torch.float32, torch.float64))
-    nn.init.normal_(bn.bias, mean=1.0)
+    nn.init.normal_(bn.bias, mean=1.0 if activation == "relu6" else 6.0)
     bn64.load_state_dict(bn.state_dict())
     x, weight, grad = (
         random(3, 24, 5, 4, dtype=dtype).requires_grad_(),
         random(40, 32).requires_grad_(),
         random(3, 40, 5, 4, dtype=dtype),
     )
-    z = pointwise_bn_relu6(x, weight, bn, in_channels=24, training=training, backend="triton")
+    z = pointwise_bn_act(x, weight, bn, in_channels=24, activation=activation, training=training, backend="triton")
     _, _, y, stats, *_ = z.grad_fn.saved_tensors  # type: ignore[union-attr]
     z.backward(grad)
 
     x64, weight64 = x.detach().double().requires_grad_(), weight.detach().to(dtype).double().requires_grad_()
     y64 = at_stored(reference.pointwise(x64, weight64, 40), y, dtype)
     u64 = norm_at_stored(y64, bn64, stats, dtype, training)
-    check(z.detach(), F.relu6(u64).detach(), dtype)
-    F.relu6(u64).backward(grad.double())
+    z64 = activate(u64, activation)
+    check(z.detach(), z64.detach(), dtype)
+    z64.backward(grad.double())
     check(x.grad, x64.grad, dtype)
     squares = conv2d_weight(x64.detach() ** 2, (40, 24, 1, 1), y64.grad**2)
     check_sum(weight.grad[:, :24], weight64.grad[:, :24], squares, 1, dtype)
@@ -614,7 +627,7 @@ def test_the_tail_is_captured_too(recorded: graphs.Graphs) -> None:
         results = []
         for _ in range(2):
             x = torch.randn(2, 8, 3, 3, generator=generator).to(DEVICE).requires_grad_()
-            z = pointwise_bn_relu6(x, weight, bn, in_channels=8, training=True, backend="triton")
+            z = pointwise_bn_act(x, weight, bn, in_channels=8, training=True, backend="triton")
             z.square().sum().backward()
             results += [z.detach().clone(), x.grad.clone()]
             with torch.no_grad():

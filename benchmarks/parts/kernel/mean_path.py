@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bsnas.kernels import BlockShape, BlockWeights, inverted_residual, pointwise_bn_relu6
+from bsnas.kernels import BlockShape, BlockWeights, inverted_residual, pointwise_bn_act
 
 # blocks, channel options, stride of the first block
 CLUSTERS = (
@@ -103,7 +103,7 @@ class PathNetwork(nn.Module):
         x = self.stem(x)
         for i in range(len(self.shapes)):
             x = self.block(i, x)
-        x = pointwise_bn_relu6(
+        x = pointwise_bn_act(
             x, self.tail, self.tail_bn, in_channels=self.shapes[-1].out_channels, training=self.training
         )
         return F.linear(x.mean((2, 3)), self.classifier.weight, self.classifier.bias)
