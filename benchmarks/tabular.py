@@ -31,10 +31,20 @@ if __name__ == "__main__":
 
 from bsnas.benchmarks.parts.tabular.corrected import corrected
 from bsnas.benchmarks.parts.tabular.finals import finals, print_finals
-from bsnas.benchmarks.parts.tabular.methods import METHODS, train
+from bsnas.benchmarks.parts.tabular.methods import (
+    AUGMENTATIONS,
+    DECAYS,
+    FRACTION,
+    METHODS,
+    PASSES,
+    RULES,
+    SHARINGS,
+    train,
+)
 from bsnas.benchmarks.parts.tabular.public_table import PublicTable
 from bsnas.benchmarks.parts.tabular.ranking import BUDGETS, Half, against_the_best, ceilings, in_half, ranking
 from bsnas.benchmarks.parts.tabular.scored_run import check_run, search_budgets
+from bsnas.benchmarks.parts.tabular.trained_finals import trained_finals
 from bsnas.benchmarks.parts.tabular.worth import print_worth, worth
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.benchmarks.parts.timing.turns import append_rows, write_csv
@@ -63,6 +73,8 @@ class TabularArguments:
     """Images of the table (train/CLASS, val/CLASS): train the supernet of --method in --run, unless it is trained."""
     seed: int = 0
     """Seed of that training."""
+    passes: int = PASSES
+    """Its length: passes over the training images, those of all paths counted."""
     half: Half | None = None
     """Rank the networks whose codes have an even CRC-32 (choose) or an odd one (report); by default all."""
     bn: BatchNormMode | None = None
@@ -77,6 +89,8 @@ class TabularArguments:
     """Also rank by corrections that learn from one training in the table of so many networks, as 14 30 50."""
     finals: bool = False
     """Also hold finals by the table's trainings: of the best by score, then of the best by a correction."""
+    train_finals: tuple[int, ...] = ()
+    """Also hold the finals of the searches at these budgets by trainings of their own, as 60; in --run, resumable."""
     scores: Path | None = None
     """File for the scores of every network that was ranked (CSV)."""
     rows: Path | None = None
@@ -99,15 +113,25 @@ class TabularArguments:
             self.images,
             self.corrections,
             self.finals,
+            self.train_finals,
             sizes_given,
         )
         if self.run is None and any(about_scores):
             raise UserError(
-                "--half, --bn, --score, --population, --iterations, --corrections, --finals, --scores, --rows and "
-                "--images are about the scores of a run; give --run, or leave them out"
+                "--half, --bn, --score, --population, --iterations, --corrections, --finals, --train-finals, --scores, "
+                "--rows and --images are about the scores of a run; give --run, or leave them out"
             )
         if self.images is not None and self.method not in METHODS:
-            raise UserError(f"--images with --method {self.method}; allowed are {', '.join(METHODS)}")
+            raise UserError(
+                f"--images with --method {self.method}; allowed are {'|'.join(RULES)}-{'|'.join(SHARINGS)}-"
+                f"{'|'.join(DECAYS)}-{'|'.join(AUGMENTATIONS)}, as {FRACTION[0]}"
+            )
+        if not set(self.train_finals) <= set(BUDGETS):
+            raise UserError(
+                f"--train-finals {' '.join(map(str, self.train_finals))}; give some of {', '.join(map(str, BUDGETS))}"
+            )
+        if self.passes < 1:
+            raise UserError(f"--passes {self.passes}; give at least 1")
         if bool(self.rows or self.images) != bool(self.method):
             raise UserError("--rows and --method belong together; give both or neither")
 
@@ -128,7 +152,15 @@ def main() -> None:
         figures["mismatches"] = count_mismatches(table)
     if arguments.run is not None and process is not None:
         if arguments.images is not None and arguments.method is not None:
-            train(arguments.method, table.space, arguments.images, arguments.seed, arguments.run, process)
+            train(
+                arguments.method,
+                table.space,
+                arguments.images,
+                arguments.seed,
+                arguments.run,
+                process,
+                arguments.passes,
+            )
         figures |= rank_by_run(table, arguments.run, arguments, process)
     if is_main:
         write_figures(arguments.json, figures)
@@ -166,10 +198,16 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
         rows, scores = list(networks.values()), evaluator.evaluate(list(networks))
         score = arguments.score or trained.config.shrink.score
         found = search_budgets(evaluator, networks, config, by_loss if score == "loss" else by_top1)
+        held = [
+            trained_finals(trained, found[budget], networks, scores, budget)
+            for budget in arguments.train_finals
+            if budget in found
+        ]
     if not process.is_main:
         return {}
     values = [-one.loss if score == "loss" else one.top1 for one in scores]
-    found_rows = {budget: against_the_best(rows, row, budget) for budget, row in found.items()}
+    best = {budget: networks[latest.ranked[0].arch] for budget, latest in found.items()}
+    found_rows = {budget: against_the_best(rows, row, budget) for budget, row in best.items()}
     figures = {
         "half": arguments.half,
         "bn": evaluator.bn,
@@ -187,6 +225,7 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
         "budgets": found_rows,
         "corrections": [corrected(table.space, networks, scores, count) for count in arguments.corrections],
         "finals": finals(table.space, networks, scores, values) if arguments.finals else [],
+        "trained_finals": held,
         "worth": worth(table.space, networks, [score.top1 for score in scores]),
         **provenance(),
     }
@@ -194,13 +233,19 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
     print_ranking(figures)
     if figures["finals"]:
         print_finals(figures["finals"])
+    for row in held:
+        print(
+            f"finals at {row['budget']} M by {row['trained']} trainings, {row['epochs']} epochs in all: {row['code']} "
+            f"with {row['accuracy']:.2f} %, rank {row['rank']} of {row['networks']}, regret {row['regret']:.2f}; a "
+            f"correction from them has tau {row['tau']:.3f}, inside bands {row['tau_bands']:.3f}"
+        )
     if arguments.scores is not None:
         pairs = zip(rows, scores, strict=True)
         lines = [{"code": r.code, "top1": round(s.top1, 6), "loss": round(s.loss, 6)} for r, s in pairs]
         write_csv(arguments.scores, lines)
     if arguments.rows is not None:
         line = line_of(table, figures, trained, arguments)
-        more = [*figures["corrections"], *figures["finals"]]
+        more = [*figures["corrections"], *figures["finals"], *map(of_budget, held)]
         append_rows(arguments.rows, [line, *(further_line(line, row) for row in more)])
     return figures
 
@@ -250,7 +295,7 @@ def line_of(
     return {
         "table": table.name,
         "half": figures["half"] or "all",
-        "method": arguments.method,
+        "method": method_of(arguments),
         "seed": figures["seed"],
         **cells(
             {"tau": figures[f"tau{suffix}"], "tau_bands": figures[f"tau{suffix}_bands"]}
@@ -262,10 +307,28 @@ def line_of(
     }
 
 
+def method_of(arguments: TabularArguments) -> str | None:
+    """With its length where that is not the usual one."""
+    if arguments.method is None or arguments.passes == PASSES:
+        return arguments.method
+    return f"{arguments.method}, {arguments.passes} passes"
+
+
 def further_line(line: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """The line of a correction, or of finals, which rank nothing."""
-    how = "corrected by {} trainings" if "tau" in row else "finals of {} trainings"
+    how = (
+        "finals of {} own trainings"
+        if "epochs" in row
+        else "corrected by {} trainings"
+        if "tau" in row
+        else "finals of {} trainings"
+    )
     return {**line, "method": f"{line['method']}, {how.format(row['trained'])}", **cells(row)}
+
+
+def of_budget(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The regret of finals by its budget, beside what their correction ranks."""
+    return {**row, f"regret_{row['budget']}": row["regret"]}
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,9 +341,11 @@ def repeating(arguments: TabularArguments, figures: Mapping[str, Any]) -> str:
     """The command without the paths of this machine."""
     words = ["python benchmarks/tabular.py", "--table", arguments.table.name, "--images", "IMAGES", "--run", "RUN"]
     words += ["--method", str(arguments.method), "--seed", str(figures["seed"])]
+    words += ["--passes", str(arguments.passes)] if arguments.passes != PASSES else []
     words += ["--half", arguments.half] if arguments.half else []
     words += ["--population", str(arguments.population), "--iterations", str(arguments.iterations)]
     words += ["--finals"] if arguments.finals else []
+    words += ["--train-finals", *map(str, arguments.train_finals)] if arguments.train_finals else []
     words += ["--corrections", *map(str, arguments.corrections)] if arguments.corrections else []
     return " ".join([*words, "--bn", figures["bn"], "--score", figures["score"], "--rows", "ROWS"])
 

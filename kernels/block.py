@@ -20,6 +20,12 @@ class BlockShape:
     activation: str = "relu6"
     """After every norm but the last: relu6 or relu."""
 
+    @classmethod
+    def of(cls, dims: list[int], activation: str) -> "BlockShape":
+        """From `dims` and the activation."""
+        in_channels, hidden, out_channels, kernel, stride = dims
+        return cls(in_channels, hidden, out_channels, kernel, stride, activation)
+
     @property
     def dims(self) -> list[int]:
         """The numbers alone."""

@@ -111,7 +111,7 @@ def block_forward(
 
     Three norms without an expansion: x itself is a raw convolution output and the first norm (and activation) is its.
     """
-    shape = BlockShape(*dims, activation=activation)
+    shape = BlockShape.of(dims, activation)
     w1, taps, w3 = prepare_weights(BlockWeights(expand, depthwise, project), shape, x.dtype)
     first = 3 - len(eps)
 
@@ -154,7 +154,7 @@ def block_backward(
     norms: int, dims: list[int], activation: str, training: bool,
 ) -> list[Tensor]:  # fmt: skip
     """-> gradients of x, (expand,) depthwise, project, then weight and bias of each norm."""
-    shape = BlockShape(*dims, activation=activation)
+    shape = BlockShape.of(dims, activation)
     y2, y3, stats2, stats3, taps, cast_w3, stats1, expanded, cast_w1 = Saved.unpack(
         saved, norms=norms, expands=expand is not None, cast=x.dtype != project.dtype
     )
@@ -204,7 +204,7 @@ _backward_op = torch.library.custom_op("bsnas::inverted_residual_backward", bloc
 
 @_forward_op.register_fake
 def _(x, expand, depthwise, project, affine, running, momenta, eps, dims, activation, training):  # type: ignore[no-untyped-def]
-    shape = BlockShape(*dims)
+    shape = BlockShape.of(dims, activation)
     height, width = output_size(x.shape[2], shape.stride), output_size(x.shape[3], shape.stride)
     cast, expands = x.dtype != project.dtype, expand is not None
     y3 = _empty(x, shape.out_channels, height, width)
@@ -228,7 +228,7 @@ def _(x, expand, depthwise, project, affine, running, momenta, eps, dims, activa
 
 @_backward_op.register_fake
 def _(grad, x, expand, depthwise, project, saved, norms, dims, activation, training):  # type: ignore[no-untyped-def]
-    shape = BlockShape(*dims)
+    shape = BlockShape.of(dims, activation)
     weights = [torch.empty_like(w) for w in (expand, depthwise, project) if w is not None]
     widths = [shape.hidden] * (norms - 1) + [shape.out_channels]
     affine = [torch.empty((c,), dtype=torch.float32, device=x.device) for c in widths for _ in range(2)]

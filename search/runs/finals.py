@@ -67,7 +67,7 @@ class FinalsConfig:
 
 
 class Finals:
-    """Holds the finals of a run's latest search, on all ranks; what was done before is not done again."""
+    """Holds the finals of a search, on all ranks; what was done before is not done again."""
 
     def __init__(
         self,
@@ -75,8 +75,12 @@ class Finals:
         config: FinalsConfig,
         overrides: Row,
         safety: SafetyConfig = SafetyConfig(),  # noqa: B008
+        search: LatestSearch | None = None,
     ) -> None:
-        """Raises `UserError` where the last rung is longer than a retraining, or no search is there."""
+        """Of the run's latest search unless another one is given.
+
+        Raises `UserError` where the last rung is longer than a retraining, or no search is there.
+        """
         self.trained, self.config, self.overrides, self.safety = trained, config, overrides, safety
         self.process = trained.process
         planned, last = trained.config.retrain.epochs, config.rungs[-1][1]
@@ -85,7 +89,7 @@ class Finals:
                 f"the last rung ends after {last} epochs at a constant rate, and the winner's whole training has "
                 f"{planned}; give fewer --networks or --epochs"
             )
-        latest = on_main(self.process, lambda: LatestSearch.of(trained.run, trained.supernet.space))
+        latest = search or on_main(self.process, lambda: LatestSearch.of(trained.run, trained.supernet.space))
         self._search = {"arch": latest.best["arch"], "limits": latest.best["limits"]}
         self.entrants = latest.ranked[: config.networks]
         entered = {candidate.arch for candidate in self.entrants}

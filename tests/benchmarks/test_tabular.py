@@ -173,7 +173,7 @@ def test_a_run_ranks_a_table(tmp_path):
         ({"check_costs": True, "iterations": 3}, "and --images are about the scores of a run"),
         (
             {"run": Path("run"), "images": Path("x"), "method": "plain"},
-            "--images with --method plain; allowed are fair-channels-decay-crop, sandwich-",
+            r"--images with --method plain; allowed are fair\|calr\|sandwich\|alpha-channels\|nested-decay\|free-crop",
         ),
     ],
 )

@@ -1,11 +1,12 @@
 """Ways to train the supernet of a table's space that are compared, each for about as many multiply-adds.
 
-Eight of them are a fraction of a factorial over four factors: how paths are trained (four levels), who shares weights,
-weight decay, and augmentation (two each). Every level of one factor meets every level of each other one equally often,
-so that a factor's effect is the difference of two means over four supernets, not of two supernets.
+Four factors: how paths are trained (four levels), who shares weights, weight decay, and augmentation (two each). Eight
+ways are a fraction of that factorial: every level of one factor meets every level of each other one equally often, so
+that a factor's effect is the difference of two means over four supernets, not of two supernets.
 """
 
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from bsnas.engine.config import OptimizerConfig, RunConfig, SamplingConfig
@@ -19,8 +20,8 @@ from bsnas.engine.runs.rundir import RunDir
 from bsnas.engine.space.space import Sharing, Space
 from bsnas.engine.training.supernet import SupernetTraining
 
-EPOCHS = 12
-"""Passes over the training images, those of all paths counted."""
+PASSES = 12
+"""Over the training images, those of all paths counted."""
 VAL_PER_CLASS = 200
 
 
@@ -54,9 +55,12 @@ class Method:
     crop: bool
     """Random crops of padded images beside the mirroring; without, light augmentation."""
 
-    def config(self, space: Space, images: Path, seed: int) -> RunConfig:
-        """The configuration of a run on a directory of 32x32 images, as engine/train.py would make it."""
-        rule, base = RULES[self.rule], with_space(preset("cifar10"), space)
+    def config(self, space: Space, images: Path, seed: int, passes: int = PASSES) -> RunConfig:
+        """The configuration of a run on a directory of 32x32 images, as engine/train.py would make it.
+
+        With sliced springs, so that a path is the network that it stands for.
+        """
+        rule, base = RULES[self.rule], with_space(preset("cifar10"), replace(space, springs="sliced"))
         data = replace(base.data, source="folder", path=str(images), val_per_class=VAL_PER_CLASS)
         return replace(
             base,
@@ -69,32 +73,41 @@ class Method:
                 weight_decay=self.weight_decay,
                 warmup_epochs=0.3,
             ),
-            shrink=replace(base.shrink, first_epochs=EPOCHS, keep=(), bn="running"),
+            shrink=replace(base.shrink, first_epochs=passes, keep=(), bn="running"),
             sharing=self.sharing,
             seed=seed,
         )
 
 
-_DECAY = 5e-4
+SHARINGS: tuple[Sharing, ...] = ("channels", "nested")
+DECAYS = {"decay": 5e-4, "free": 0.0}
+AUGMENTATIONS = {"crop": True, "light": False}
 METHODS = {
-    "fair-channels-decay-crop": Method("fair", "channels", _DECAY, True),
-    "sandwich-nested-decay-light": Method("sandwich", "nested", _DECAY, False),
-    "calr-nested-free-crop": Method("calr", "nested", 0.0, True),
-    "alpha-channels-free-light": Method("alpha", "channels", 0.0, False),
-    "fair-nested-free-light": Method("fair", "nested", 0.0, False),
-    "calr-channels-decay-light": Method("calr", "channels", _DECAY, False),
-    "sandwich-channels-free-crop": Method("sandwich", "channels", 0.0, True),
-    "alpha-nested-decay-crop": Method("alpha", "nested", _DECAY, True),
+    "-".join(names): Method(names[0], names[1], DECAYS[names[2]], AUGMENTATIONS[names[3]])
+    for names in product(RULES, SHARINGS, DECAYS, AUGMENTATIONS)
 }
 """By name: rule, sharing, weight decay or free of it, crops or light augmentation."""
+FRACTION = (
+    "fair-channels-decay-crop",
+    "sandwich-nested-decay-light",
+    "calr-nested-free-crop",
+    "alpha-channels-free-light",
+    "fair-nested-free-light",
+    "calr-channels-decay-light",
+    "sandwich-channels-free-crop",
+    "alpha-nested-decay-crop",
+)
+"""The eight of the fraction."""
 
 
-def train(method: str, space: Space, images: Path, seed: int, path: Path, process: Process) -> None:
+def train(
+    method: str, space: Space, images: Path, seed: int, path: Path, process: Process, passes: int = PASSES
+) -> None:
     """Train the supernet of a method in a run directory, or what is left of it; nothing when it is trained.
 
     Raises `UserError` for a directory that holds another run, and for images of another number of classes.
     """
-    config = METHODS[method].config(space, images, seed)
+    config = METHODS[method].config(space, images, seed, passes)
 
     def open_run() -> RunDir:
         if not RunDir(path).config_file.is_file():
@@ -102,7 +115,8 @@ def train(method: str, space: Space, images: Path, seed: int, path: Path, proces
         run = RunDir.open(path)
         if run.config() != config:
             raise UserError(
-                f"{path} holds a run that is not of {method} with seed {seed} on {images}; give another --run"
+                f"{path} holds a run that is not of {method} with seed {seed} and {passes} passes on {images}; give "
+                "another --run"
             )
         return run
 

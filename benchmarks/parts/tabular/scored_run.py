@@ -12,6 +12,7 @@ from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.limits import Limit
 from bsnas.engine.space.problem import Problem
 from bsnas.search.algorithms.evolution import EvolutionConfig, Valued, by_top1, ranked
+from bsnas.search.runs.history import LatestSearch
 from bsnas.search.runs.search import generations
 
 
@@ -33,18 +34,23 @@ def check_run(trained: TrainedRun, table: PublicTable) -> None:
 
 def search_budgets(
     evaluator: Evaluator, rows: Mapping[Arch, Row], config: EvolutionConfig, valued: Valued = by_top1
-) -> dict[int, Row]:
-    """By budget, the first of `rows` in the paper's search, which looks at the whole space.
+) -> dict[int, LatestSearch]:
+    """By budget, what the paper's search, which looks at the whole space, found of `rows`.
 
     A budget is left out where the search met none of them, or the space has nothing inside.
     """
     found = {}
     for budget in BUDGETS:
-        problem = Problem.of(evaluator.supernet.space, (Limit("macs", high=budget * 1e6),))
+        limit = Limit("macs", high=budget * 1e6)
+        problem = Problem.of(evaluator.supernet.space, (limit,))
         if problem.costs["macs"].range()[0] > budget * 1e6:
             continue
-        seen = [c for generation in generations(problem, config, evaluator.evaluate, valued=valued) for c in generation]
-        best = next((c for c in ranked(seen) if c.arch in rows), None)
-        if best is not None:
-            found[budget] = rows[best.arch]
+        first, *later = [
+            [candidate for candidate in generation if candidate.arch in rows]
+            for generation in generations(problem, config, evaluator.evaluate, valued=valued)
+        ]
+        best_first = ranked([candidate for generation in (first, *later) for candidate in generation])
+        if best_first:
+            best = {"arch": str(best_first[0].arch), "limits": {"macs": str(limit)}}
+            found[budget] = LatestSearch(best, best_first, first)
     return found
