@@ -28,6 +28,7 @@ from bsnas.kernels.gpu.launch import CachedLaunches
 POINTER = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
 }  # fmt: skip
+CONSTANTS_HAVE_ATTRIBUTES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ def inference_launches(shape: BlockShape, batch: int, size: int, dtype: torch.dt
     depthwise = Triton.segmented_depthwise if segments else Triton.folded_depthwise
 
     def run() -> None:
-        y = pointwise(x, expand, *vectors(shape.hidden), activation="relu6")
-        y = depthwise(y, taps, *vectors(shape.hidden), stride=shape.stride, activation="relu6")
+        y = pointwise(x, expand, *vectors(shape.hidden), activation=shape.activation)
+        y = depthwise(y, taps, *vectors(shape.hidden), stride=shape.stride, activation=shape.activation)
         residual = x if shape.residual else None
         pointwise(y, project, *vectors(shape.out_channels), activation=None, residual=residual)
 
@@ -184,7 +185,8 @@ def compile_share(launches: list[Launch], capability: int, share: int, shares: i
 
 
 def source(launch: Launch) -> ASTSource:
-    """What a launch compiles. Triton looks for it in its cache by all of this, empty lists of attributes included."""
+    """What a launch compiles. Triton looks for it in its cache by all of this, empty lists of attributes included:
+    of constants since 3.7, before of those that are strings."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -194,7 +196,8 @@ def source(launch: Launch) -> ASTSource:
         if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
-            attributes[(index,)] = []
+            if CONSTANTS_HAVE_ATTRIBUTES or isinstance(value, str):
+                attributes[(index,)] = []
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:

@@ -114,9 +114,12 @@ LARGE_KERNELS = {  # one block for each kernel size, stride and map; table_shape
     for shape, size in table_shapes()
 }
 TABLE = [Workload(IMAGENET, 256, [*mean_path(), *table_shapes(), *LARGE_KERNELS.values()])]
-SOME = [  # every kernel size and stride, narrow and wide
-    Workload(IMAGENET, 256, [*mean_path()[2:7], LARGE_KERNELS[5, 2, 28], mean_path()[-1]])
-]
+SOME = [  # every kernel size and stride, narrow and wide, and another activation
+    Workload(IMAGENET, 256, [
+        *mean_path()[2:7], LARGE_KERNELS[5, 2, 28], mean_path()[-1],
+        PlacedBlock(replace(mean_path()[3].shape, activation="relu"), mean_path()[3].size),
+    ])
+]  # fmt: skip
 COMPILED = [
     (90, H100, BF16, TABLE),
     *((capability, gpu, BF16, PRESETS) for capability, gpu in (
