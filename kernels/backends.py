@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bsnas.kernels import graphs, reference
+from bsnas.kernels.compiler import constant, opaque
 from bsnas.kernels.cpu import native
 
 Backend = Literal["reference", "triton", "onednn"]
@@ -64,7 +65,7 @@ def _why_not(name: str, x: Tensor, work: Work) -> str | None:
     return why_not_on(name, work, x.device, x.dtype, computed)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 @lru_cache
 def why_not_on(name: str, work: Work, device: torch.device, dtype: torch.dtype, computed: torch.dtype) -> str | None:
     """What does not change while a process lives, and is asked at every operation of every pass."""
@@ -90,7 +91,7 @@ def _why_not_onednn(work: Work, device: torch.device, dtype: torch.dtype, comput
     return f"it computes in float32, or in bfloat16 where the processor has it, not in {dtype}"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 @lru_cache
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton's kernels cannot run on a device, computing in dtype, or None when they can."""
@@ -123,7 +124,7 @@ def driver_fault() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 @lru_cache
 def _warn_of(reason: str) -> None:
     """Say once that plain torch runs in place of kernels that one installation away would be there."""
@@ -133,7 +134,7 @@ def _warn_of(reason: str) -> None:
         warnings.warn(f"blocks run on plain torch, which is slower: {reason}", stacklevel=4)
 
 
-@torch.compiler.disable
+@opaque
 def say_unfused(x: Tensor, form: str) -> None:
     """Say once for each form of a block that no fused kernel knows it, where one would have run."""
     if choose_backend(x) != "reference":

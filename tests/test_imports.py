@@ -18,7 +18,9 @@ from tests import ROOT
 
 PACKAGES = ("kernels", "engine", "search", "benchmarks", "tests")
 ORDER = {
-    "kernels": ("plan", "block", "reference", "graphs", "cpu", "gpu", "backends", "training", "inference", "tools"),
+    "kernels": (
+        "plan", "block", "reference", "graphs", "compiler", "cpu", "gpu", "backends", "training", "inference", "tools",
+    ),
     "engine": (
         "host", "space", "networks", "data", "config", "presets", "runs", "checkpoints", "evaluation", "training",
         "release", "prepare", "train", "retrain", "export", "status",
@@ -136,6 +138,16 @@ def test_what_needs_no_torch_loads_none() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_what_scores_loads_neither_a_compiler_nor_a_learner() -> None:
+    """They would take half of the start of every search."""
+    program = (
+        "import sys, bsnas.engine.evaluation.trained_run, bsnas.search.runs.search_run\n"
+        "print([name for name in ('torch._dynamo', 'sklearn', 'deepspeed') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_search_that_cannot_be_loads_no_torch(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bsnas.kernels import reference
 from bsnas.kernels.block import BlockShape, BlockWeights
+from bsnas.kernels.compiler import opaque
 from bsnas.kernels.cpu import native
 
 
@@ -161,7 +162,7 @@ class InvertedResidual(torch.autograd.Function):
         return dx, d_expand, d_depthwise, d_project, None, None, None, *affine1, *affine2, *affine3
 
 
-@torch.compiler.disable
+@opaque
 def inverted_residual(
     x: Tensor,
     weights: BlockWeights,
@@ -216,7 +217,7 @@ class PointwiseBnAct(torch.autograd.Function):
         return dx, d_weight, None, None, None, d_gamma, d_beta
 
 
-@torch.compiler.disable
+@opaque
 def pointwise_bn_act(
     x: Tensor, weight: Tensor, bn: nn.BatchNorm2d, *, in_channels: int, activation: str, training: bool
 ) -> Tensor:

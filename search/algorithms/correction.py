@@ -13,9 +13,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.arch import Arch, Operation
@@ -63,6 +60,11 @@ class Correction:
         choices = features.shape[1] - 3  # they lie between 0 and 1 and are left so, the three numbers are standardised
         self._mean[:choices], self._deviation[:choices] = 0, 0.5
         self._deviation[self._deviation == 0] = 1
+        # Here: it takes a second of every search to import, and few have a correction.
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+
         kernel = ConstantKernel(1.0) * RBF(5.0) + WhiteKernel(0.1)
         self._process = GaussianProcessRegressor(kernel, normalize_y=True)
         with warnings.catch_warnings():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 
+from bsnas.benchmarks.parts.tabular import trained_finals
 from bsnas.benchmarks.parts.tabular.corrected import corrected
 from bsnas.benchmarks.parts.tabular.finals import finals
 from bsnas.benchmarks.parts.tabular.public_table import CodeReader, PublicTable, Row, row_of
@@ -30,7 +31,9 @@ from bsnas.engine.space.arch import Operation
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import fair_round
 from bsnas.engine.space.spaces import space_named
+from bsnas.search.algorithms.correction import TrainedNetwork
 from bsnas.search.algorithms.evolution import EvolutionConfig
+from bsnas.search.runs.history import LatestSearch
 from tests import script
 from tests.search.runs import untrained_run
 
@@ -171,6 +174,8 @@ def test_a_run_ranks_a_table(tmp_path):
         ({"check_costs": True, "half": "choose"}, "are about the scores of a run; give --run, or leave them out"),
         ({"run": Path("run"), "rows": Path("rows.csv")}, "--rows and --method belong together; give both or neither"),
         ({"check_costs": True, "iterations": 3}, "and --images are about the scores of a run"),
+        ({"run": Path("run"), "train_finals": (50, 60)}, "--train-finals 50 60; give some of 40, 60, 80"),
+        ({"run": Path("run"), "passes": 0}, "--passes 0; give at least 1"),
         (
             {"run": Path("run"), "images": Path("x"), "method": "plain"},
             r"--images with --method plain; allowed are fair\|calr\|sandwich\|alpha-channels\|nested-decay\|free-crop",
@@ -180,6 +185,39 @@ def test_a_run_ranks_a_table(tmp_path):
 def test_what_does_not_go_together_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         TabularArguments(table=Path("table.json"), **options)
+
+
+def test_own_finals_are_judged_by_the_table(tmp_path, monkeypatch):
+    """The winner by its row, the correction by networks that were not trained; epochs are those of all trainings."""
+    table = PublicTable.read(small_table(tmp_path / "table.json"))
+    untrained_run(tmp_path / "run", space_named("nas-bench-macro"))
+    trained = TrainedRun.open(tmp_path / "run", Process.current(torch.device("cpu")))
+    networks = dict(sorted(table.distinct.items(), key=lambda pair: -pair[1].macs))
+    archs, rows = list(networks), list(networks.values())
+    scores = [Score(0.5, 0.9, float(90 - row.accuracy), 10, 5, 9) for row in rows]
+    known = [
+        TrainedNetwork(arch, score.loss, networks[arch].accuracy / 100)
+        for arch, score in zip(archs[:14], scores, strict=False)
+    ]
+    asked = []
+
+    class Held:
+        def __init__(self, trained, config, overrides, search):
+            asked.append((config.networks, config.random, search))
+
+        def hold(self):
+            rungs = [{"networks": archs[:count]} for count in (8, 4, 2)]
+            return {"winner": {"arch": str(archs[1])}, "rungs": rungs, "others": archs[8:14]}
+
+    monkeypatch.setattr(trained_finals, "Finals", Held)
+    monkeypatch.setattr(trained_finals, "trained_networks", lambda run: known)
+    search = LatestSearch({}, [], [])
+    found = trained_finals.trained_finals(trained, search, networks, scores, 200)
+    assert asked == [(8, 6, search)]
+    assert (found["trained"], found["epochs"]) == (14, 4 * 3 + 2 * 6 + 2 * 11 + 6 * 3)
+    assert (found["code"], found["networks"]) == (rows[1].code, len(rows))
+    assert found["regret"] == pytest.approx(max(row.accuracy for row in rows) - rows[1].accuracy)
+    assert found["tau"] > 0.5  # the loss tells the accuracy
 
 
 def test_a_run_of_another_space_is_refused(tmp_path):
