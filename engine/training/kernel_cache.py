@@ -1,7 +1,8 @@
 """Triton's kernels, compiled at the start of a training by the processes of a machine together.
 
 Triton compiles at first use, and processes that start at once all compile everything: 111 kernels at a second or two
-each for imagenet's preset. Here each compiles its share into the cache on disk, from which all of them load.
+each for imagenet's preset. Here each compiles its share into the cache on disk, in as many threads as there are
+cores for it, and all of them load from there.
 """
 
 import os
@@ -34,7 +35,8 @@ def compile_kernels(
         launches = recorded_launches(lambda: _run_passes(network, paths, shape, process.device, dtype))
     major, minor = torch.cuda.get_device_capability(process.device)
     local_size = launcher.local_size()
-    failed = compile_share(launches, 10 * major + minor, process.local_rank % local_size, local_size)
+    cores = len(os.sched_getaffinity(0)) // local_size
+    failed = compile_share(launches, 10 * major + minor, process.local_rank % local_size, local_size, max(1, cores))
     if process.world_size > 1:
         torch.distributed.barrier()
     return failed

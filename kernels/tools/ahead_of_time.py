@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -172,16 +172,22 @@ def _compile_share(build: Callable[[], list[Launch]], capability: int, share: in
     return compile_share(build(), capability, share, shares)
 
 
-def compile_share(launches: list[Launch], capability: int, share: int, shares: int) -> list[str]:
-    """Compile one of `shares` equal parts of the different codes into the cache; returns what failed, and why."""
+def compile_share(launches: list[Launch], capability: int, share: int, shares: int, threads: int = 1) -> list[str]:
+    """Compile one of `shares` equal parts of the different codes into the cache; returns what failed, and why.
+
+    Triton compiles outside of Python's lock for the most part, and in threads of its own where it is asked to.
+    """
     unique = {specialisation(launch): launch for launch in launches}
-    failures = []
-    for launch in list(unique.values())[share::shares]:
+
+    def failure(launch: Launch) -> str | None:
         try:
             triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
         except Exception as error:  # a candidate too large for the GPU; a launch would raise the same again
-            failures.append(f"{launch.name}: {type(error).__name__}: {str(error)[:80]}")
-    return failures
+            return f"{launch.name}: {type(error).__name__}: {str(error)[:80]}"
+        return None
+
+    with ThreadPoolExecutor(threads) as pool:
+        return [said for said in pool.map(failure, list(unique.values())[share::shares]) if said is not None]
 
 
 def source(launch: Launch) -> ASTSource:
