@@ -40,7 +40,7 @@ check: env lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' $(CHECKED)
 
 test: env lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore=$(COMPILED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=$(COMPILED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(COMPILED)
 
 kernels: env

@@ -31,7 +31,7 @@ from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.deepspeed_settings import load_deepspeed_settings
 from bsnas.engine.host.distributed import Process, entered_by_main, on_main, start_process
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.host.script import force_kernels, parse, run, write_figures
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.networks.subnet import Subnet, release
 from bsnas.engine.release.saved_network import load_network, save_network
 from bsnas.engine.runs.commands import recorded
@@ -74,8 +74,7 @@ class RetrainArguments:
 def main() -> None:
     arguments = parse(RetrainArguments, __doc__, sys.argv[1:])
     overrides = load_deepspeed_settings(arguments.deepspeed_config)
-    process = start_process(arguments.safety.timeout_minutes)
-    force_kernels(arguments.kernels, process.device)
+    process = start_process(arguments.safety.timeout_minutes, arguments.kernels)
     run_dir = RunDir.open(arguments.run)
     with entered_by_main(process, run_dir.lock()), recorded(run_dir, "retrain", device=process.device):
         figures = retrain(run_dir, arguments, process, overrides)

@@ -28,7 +28,7 @@ from bsnas.engine.config import RunConfig, SafetyConfig
 from bsnas.engine.data.dataset import open_dataset
 from bsnas.engine.host.deepspeed_settings import load_deepspeed_settings
 from bsnas.engine.host.distributed import entered_by_main, on_main, start_process
-from bsnas.engine.host.script import force_kernels, option, parse, run, write_figures
+from bsnas.engine.host.script import option, parse, run, write_figures
 from bsnas.engine.presets import at_channels, at_resolution, preset, with_space
 from bsnas.engine.runs.commands import recorded
 from bsnas.engine.runs.rundir import RunDir
@@ -72,8 +72,7 @@ def main() -> None:
         return
     overrides = load_deepspeed_settings(arguments.deepspeed_config)
     path = arguments.run or Path("runs") / arguments.config.preset
-    process = start_process(arguments.safety.timeout_minutes)
-    force_kernels(arguments.kernels, process.device)
+    process = start_process(arguments.safety.timeout_minutes, arguments.kernels)
     run_dir, config = on_main(process, lambda: _open_run(path, arguments))
     with entered_by_main(process, run_dir.lock()), recorded(run_dir, "train", device=process.device):
         data = on_main(process, lambda: open_dataset(config.data, run_dir.split_file))

@@ -165,15 +165,13 @@ def main() -> None:
     # Torch and DeepSpeed take seconds to load: only for what can be searched.
     from bsnas.engine.evaluation.trained_run import TrainedRun
     from bsnas.engine.host.distributed import entered_by_main, start_process
-    from bsnas.engine.host.script import force_kernels
     from bsnas.engine.runs.commands import recorded
     from bsnas.search.reporting.tensorboard import write_search_events
     from bsnas.search.runs.finalists import LatencyTable
     from bsnas.search.runs.printing import print_budgets
     from bsnas.search.runs.search_run import search_run
 
-    process = start_process(arguments.timeout_minutes)
-    force_kernels(arguments.kernels, process.device)
+    process = start_process(arguments.timeout_minutes, arguments.kernels)
     trained = TrainedRun.open(arguments.run, process)
     space = trained.supernet.space
     table = LatencyTable.of(*found, space, foreign=arguments.foreign_table) if found else None

@@ -28,7 +28,7 @@ from bsnas.engine.config import SafetyConfig
 from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.deepspeed_settings import load_deepspeed_settings
 from bsnas.engine.host.distributed import entered_by_main, start_process
-from bsnas.engine.host.script import force_kernels, parse, run, write_figures
+from bsnas.engine.host.script import parse, run, write_figures
 from bsnas.engine.runs.commands import recorded
 from bsnas.search.runs.finals import Finals, FinalsConfig
 
@@ -50,8 +50,7 @@ class FinalsArguments:
 def main() -> None:
     arguments = parse(FinalsArguments, __doc__, sys.argv[1:])
     overrides = load_deepspeed_settings(arguments.deepspeed_config)
-    process = start_process(arguments.safety.timeout_minutes)
-    force_kernels(arguments.kernels, process.device)
+    process = start_process(arguments.safety.timeout_minutes, arguments.kernels)
     trained = TrainedRun.open(arguments.run, process)
     with entered_by_main(process, trained.run.lock()), recorded(trained.run, "finals", device=process.device):
         found = Finals(trained, arguments.finals, overrides, arguments.safety).hold()

@@ -22,6 +22,7 @@ from bsnas.engine.host.console import adopt_loggers, hide_libraries
 from bsnas.engine.host.errors import MachineError, UserError, first_line, machine_failure
 from bsnas.engine.host.precision import exact_float32
 from bsnas.engine.host.preemption import requested, stop_here
+from bsnas.kernels import choose_backend, set_backend
 
 Result = TypeVar("Result")
 
@@ -58,11 +59,12 @@ class Process:
         return batch_size // self.world_size
 
 
-def start_process(timeout_minutes: float = 30) -> Process:
+def start_process(timeout_minutes: float = 30, kernels: str | None = None) -> Process:
     """Join the processes that the `deepspeed` launcher started; alone when there is no launcher.
 
-    A process that does not hear from another for `timeout_minutes` gives up. Raises `UserError` when the launcher's
-    port is taken.
+    A process that does not hear from another for `timeout_minutes` gives up. `kernels` forces their backend; None
+    leaves BSNAS_KERNELS or the device's fastest. Raises `UserError` when the launcher's port is taken, or kernels, or
+    CUDA graphs of BSNAS_CUDA_GRAPHS, cannot run on the device.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no GPU
@@ -91,6 +93,7 @@ def start_process(timeout_minutes: float = 30) -> Process:
     else:
         device = torch.device("cpu")
         keep_freed_memory()
+    _force_kernels(kernels, device)
     timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -112,6 +115,14 @@ def start_process(timeout_minutes: float = 30) -> Process:
     everyone = range(torch.distributed.get_world_size())
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(everyone, timeout=timeout)
     return Process.current(device, local_rank)
+
+
+def _force_kernels(name: str | None, device: torch.device) -> None:
+    try:
+        set_backend(name)
+        choose_backend(torch.empty(1, device=device))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from None
 
 
 TELL_AFTER = 20.0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -18,9 +18,6 @@ from bsnas.engine.host import launcher
 from bsnas.engine.host.console import ConsoleOptions, use_options
 from bsnas.engine.host.errors import EXIT_MACHINE_ERROR, MachineError, UserError, machine_failure
 from bsnas.engine.host.preemption import Preempted, handle_signals, started
-
-if TYPE_CHECKING:
-    import torch
 
 Arguments = TypeVar("Arguments")
 
@@ -81,22 +78,6 @@ def write_figures(file: Path | None, figures: dict[str, Any]) -> None:
         file.write_text(json.dumps(figures, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"figures cannot be written to {file}: {error.strerror}; choose another --json") from None
-
-
-def force_kernels(name: str | None, device: "torch.device") -> None:
-    """Force the kernels' backend in this process; None leaves BSNAS_KERNELS or the device's fastest.
-
-    Raises `UserError` when it is unknown or cannot run on the device.
-    """
-    import torch
-
-    from bsnas.kernels import choose_backend, set_backend
-
-    try:
-        set_backend(name)
-        choose_backend(torch.empty(1, device=device))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error)) from None
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,11 +1,13 @@
 """The switch of the CUDA graphs where they cannot run: it says why, through every way in."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-from bsnas.engine.host.errors import UserError
-from bsnas.engine.host.script import force_kernels
 from bsnas.kernels import BlockShape, BlockWeights, choose_backend, graphs, inverted_residual
+from tests import script
 
 CANNOT = r"CUDA graphs cannot run: they need an NVIDIA GPU and the tensor is on cpu; leave BSNAS_CUDA_GRAPHS unset"
 
@@ -25,8 +27,18 @@ def test_a_cpu_says_why_nothing_is_captured() -> None:
     bns = tuple(torch.nn.BatchNorm2d(c) for c in (8, 8, 4))
     with pytest.raises(RuntimeError, match=CANNOT):
         inverted_residual(torch.ones(2, 4, 3, 3), weights, bns, shape, training=True)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=CANNOT):
-        force_kernels(None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "words", [("benchmarks/throughput.py", "--preset", "digits"), ("search/finals.py", "--run", "x")]
+)
+def test_every_script_refuses_it_in_one_line(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BSNAS_CUDA_GRAPHS", "1")
+    done = script(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(f"error: {CANNOT}.*\n", done.stderr), done.stderr
 
 
 def test_off_wins_over_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:

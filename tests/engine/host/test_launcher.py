@@ -10,7 +10,7 @@ import torch
 
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.data.loading.decode import thread_count
-from bsnas.engine.host import launcher
+from bsnas.engine.host import distributed, launcher
 from bsnas.engine.host.distributed import start_process
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.host.script import run
@@ -107,6 +107,7 @@ def test_fp32_is_not_tf32_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(deepspeed, "init_distributed", joins)
+    monkeypatch.setattr(distributed, "_force_kernels", lambda name, device: None)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     with pytest.raises(Joined):
         start_process()
