@@ -39,8 +39,7 @@ from bsnas.kernels.plan import activate
 from tests.kernels.tolerances import TOLERANCE, error
 
 DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
-LOW = [torch.float32, torch.bfloat16, *([torch.float16] if GPU else [])]
-"""Half precision only where it is quick; under the interpreter whole blocks, and scoring, are tested in it."""
+LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
@@ -291,8 +290,8 @@ def test_weights_are_slices_and_centre_crops() -> None:
 # ---- evaluation
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("segments", [0, 3])
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("segments", [0, 1, 3])
 def test_inference(dtype: torch.dtype, segments: int) -> None:
     """Folded (0) and segmented convolutions against the reference backend of bsnas.kernels.inference in float64."""
     x, weight, residual = (
