@@ -32,6 +32,11 @@ def local_size() -> int:
     return _number(name, default=1, smallest=1)
 
 
+def cores() -> int:
+    """This process's share of the cores that the processes of this machine may use, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // local_size())
+
+
 def master_port() -> int | None:
     """The port at which rank 0 waits for the others; None without a launcher."""
     return _number("MASTER_PORT", default=1, smallest=1, most=65535) if "MASTER_PORT" in os.environ else None

@@ -35,8 +35,8 @@ def compile_kernels(
         launches = recorded_launches(lambda: _run_passes(network, paths, shape, process.device, dtype))
     major, minor = torch.cuda.get_device_capability(process.device)
     local_size = launcher.local_size()
-    cores = len(os.sched_getaffinity(0)) // local_size
-    failed = compile_share(launches, 10 * major + minor, process.local_rank % local_size, local_size, max(1, cores))
+    share = process.local_rank % local_size
+    failed = compile_share(launches, 10 * major + minor, share, local_size, launcher.cores())
     if process.world_size > 1:
         torch.distributed.barrier()
     return failed

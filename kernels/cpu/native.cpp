@@ -503,10 +503,10 @@ void finalize(int64_t images, int64_t pixels, int64_t channels, const double* me
 template <class T>
 void apply(int64_t rows, int64_t channels, const T* y, const T* scale, const T* shift, const T* shortcut, double most,
            T* z, int threads) {
-    const Activation<T> activation(most);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; ++row)
         for_channel_blocks<T>(channels, [&](int64_t channel, int valid) {
+            const Activation<T> activation(most);
             const int64_t at = row * channels + channel;
             Pair<T> v = Affine<T>(scale, shift, channel, valid)(Pair<T>::read(y + at, valid));
             if (activation.given) v = activation(v);
@@ -519,13 +519,13 @@ void apply(int64_t rows, int64_t channels, const T* y, const T* scale, const T* 
 template <class T>
 void gradient_sums(int64_t images, int64_t pixels, int64_t channels, const T* dz, const T* y, const T* scale,
                    const T* shift, const T* mean, double most, double* sum, double* product, int threads) {
-    const Activation<T> activation(most);
     const int64_t groups = std::min<int64_t>(kGroups, images);
     std::vector<double> sums(groups * 2 * channels);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t group = 0; group < groups; ++group)
         for (int64_t n = group * images / groups; n < (group + 1) * images / groups; ++n)
             for_channel_blocks<T>(channels, [&](int64_t channel, int valid) {
+                const Activation<T> activation(most);
                 const Affine<T> norm(scale, shift, channel, valid);
                 const Pair<T> centre = Pair<T>::read(mean + channel, valid);
                 Pair<T> total = Pair<T>::zero(), products = Pair<T>::zero();
@@ -553,10 +553,10 @@ void gradient_sums(int64_t images, int64_t pixels, int64_t channels, const T* dz
 template <class T>
 void apply_backward(int64_t rows, int64_t channels, const T* dz, const T* y, const T* scale, const T* shift,
                     double most, const T* coefficients, T* dy, int threads) {
-    const Activation<T> activation(most);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; ++row)
         for_channel_blocks<T>(channels, [&](int64_t channel, int valid) {
+            const Activation<T> activation(most);
             const int64_t at = row * channels + channel;
             const Pair<T> raw = Pair<T>::read(y + at, valid);
             Pair<T> gradient = Pair<T>::read(dz + at, valid);

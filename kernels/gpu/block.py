@@ -134,7 +134,7 @@ def block_forward(
     y2 = _empty(x, shape.hidden, height, width)
     partials = depthwise_forward(
         _nhwc(y1), taps, _nhwc(y2), stats1, shape.kernel, shape.stride,
-        statistics=training, activation=None if stats1 is None else activation,
+        statistics=training, activation=activation,
     )  # fmt: skip
     stats2 = norm(1, partials, _rows(y2))
     y3 = _empty(x, shape.out_channels, height, width)
@@ -174,7 +174,7 @@ def block_backward(
     dz1 = torch.empty_like(y1)
     sums, taps_partial = depthwise_backward(
         _nhwc(dz2), _nhwc(y2), coefficients, _nhwc(y1), stats1, taps, _nhwc(dz1), shape.kernel, shape.stride,
-        None if stats1 is None else activation,
+        activation,
     )  # fmt: skip
     affine1: list[Tensor] = []
     w1_partial = None

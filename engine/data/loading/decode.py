@@ -4,7 +4,6 @@ A Python callback hands over images batch by batch: their paths, which DALI read
 several. Decoding and everything after runs in DALI's threads, or on the GPU from the decoder on.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from bsnas.engine.data.contents import read_ranges, unchanged_paths
 from bsnas.engine.data.dataset import DataConfig
 from bsnas.engine.data.file_list import FileList
 from bsnas.engine.host.errors import UserError
-from bsnas.engine.host.launcher import local_size
+from bsnas.engine.host.launcher import cores
 
 MAX_THREADS = 16
 BATCH = 64
@@ -37,7 +36,7 @@ def thread_count(config: DataConfig) -> int:
     """Configured threads, else this process's share of the cores that it may use."""
     if config.threads:
         return config.threads
-    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // local_size()))
+    return min(MAX_THREADS, cores())
 
 
 def prefetch_depth(config: DataConfig, device: torch.device) -> int:
