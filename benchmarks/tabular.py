@@ -44,7 +44,7 @@ from bsnas.benchmarks.parts.tabular.methods import (
 from bsnas.benchmarks.parts.tabular.public_table import PublicTable
 from bsnas.benchmarks.parts.tabular.ranking import BUDGETS, Half, against_the_best, ceilings, in_half, ranking
 from bsnas.benchmarks.parts.tabular.scored_run import check_run, search_budgets
-from bsnas.benchmarks.parts.tabular.trained_finals import trained_finals
+from bsnas.benchmarks.parts.tabular.trained_finals import hold_finals, judged
 from bsnas.benchmarks.parts.tabular.worth import print_worth, worth
 from bsnas.benchmarks.parts.timing.provenance import provenance
 from bsnas.benchmarks.parts.timing.turns import append_rows, write_csv
@@ -198,11 +198,7 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
         rows, scores = list(networks.values()), evaluator.evaluate(list(networks))
         score = arguments.score or trained.config.shrink.score
         found = search_budgets(evaluator, networks, config, by_loss if score == "loss" else by_top1)
-        held = [
-            trained_finals(trained, found[budget], networks, scores, budget)
-            for budget in arguments.train_finals
-            if budget in found
-        ]
+        held = {budget: hold_finals(trained, found[budget]) for budget in arguments.train_finals if budget in found}
     if not process.is_main:
         return {}
     values = [-one.loss if score == "loss" else one.top1 for one in scores]
@@ -225,7 +221,7 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
         "budgets": found_rows,
         "corrections": [corrected(table.space, networks, scores, count) for count in arguments.corrections],
         "finals": finals(table.space, networks, scores, values) if arguments.finals else [],
-        "trained_finals": held,
+        "trained_finals": [judged(table.space, one, networks, scores, budget) for budget, one in held.items()],
         "worth": worth(table.space, networks, [score.top1 for score in scores]),
         **provenance(),
     }
@@ -233,20 +229,21 @@ def rank_by_run(table: PublicTable, path: Path, arguments: TabularArguments, pro
     print_ranking(figures)
     if figures["finals"]:
         print_finals(figures["finals"])
-    for row in held:
+    for row in figures["trained_finals"]:
         print(
             f"finals at {row['budget']} M by {row['trained']} trainings, {row['epochs']} epochs in all: {row['code']} "
-            f"with {row['accuracy']:.2f} %, rank {row['rank']} of {row['networks']}, regret {row['regret']:.2f}; a "
-            f"correction from them has tau {row['tau']:.3f}, inside bands {row['tau_bands']:.3f}"
+            f"with {row['accuracy']:.2f} %, rank {row['rank']} of {row['networks']}, regret {row['regret']:.2f}"
         )
+        if "tau" in row:
+            print(f"a correction from them has tau {row['tau']:.3f}, inside bands {row['tau_bands']:.3f}")
     if arguments.scores is not None:
         pairs = zip(rows, scores, strict=True)
         lines = [{"code": r.code, "top1": round(s.top1, 6), "loss": round(s.loss, 6)} for r, s in pairs]
         write_csv(arguments.scores, lines)
     if arguments.rows is not None:
         line = line_of(table, figures, trained, arguments)
-        more = [*figures["corrections"], *figures["finals"], *map(of_budget, held)]
-        append_rows(arguments.rows, [line, *(further_line(line, row) for row in more)])
+        more = [further_line(line, how, row) for key, how in FURTHER.items() for row in figures[key]]
+        append_rows(arguments.rows, [line, *more])
     return figures
 
 
@@ -307,6 +304,14 @@ def line_of(
     }
 
 
+FURTHER = {
+    "corrections": "corrected by {} trainings",
+    "finals": "finals of {} trainings",
+    "trained_finals": "finals of {} own trainings",
+}
+"""Figures that have lines of their own, and what these say behind the method."""
+
+
 def method_of(arguments: TabularArguments) -> str | None:
     """With its length where that is not the usual one."""
     if arguments.method is None or arguments.passes == PASSES:
@@ -314,21 +319,9 @@ def method_of(arguments: TabularArguments) -> str | None:
     return f"{arguments.method}, {arguments.passes} passes"
 
 
-def further_line(line: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """The line of a correction, or of finals, which rank nothing."""
-    how = (
-        "finals of {} own trainings"
-        if "epochs" in row
-        else "corrected by {} trainings"
-        if "tau" in row
-        else "finals of {} trainings"
-    )
+def further_line(line: Mapping[str, Any], how: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The line of a correction, or of finals."""
     return {**line, "method": f"{line['method']}, {how.format(row['trained'])}", **cells(row)}
-
-
-def of_budget(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The regret of finals by its budget, beside what their correction ranks."""
-    return {**row, f"regret_{row['budget']}": row["regret"]}
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from bsnas.engine.space.arch import Operation
 from bsnas.engine.space.cost import CostModel
 from bsnas.engine.space.sampling import fair_round
 from bsnas.engine.space.spaces import space_named
-from bsnas.search.algorithms.correction import TrainedNetwork
 from bsnas.search.algorithms.evolution import EvolutionConfig
 from bsnas.search.runs.history import LatestSearch
 from tests import script
@@ -187,17 +186,21 @@ def test_what_does_not_go_together_is_refused(options, message):
         TabularArguments(table=Path("table.json"), **options)
 
 
-def test_own_finals_are_judged_by_the_table(tmp_path, monkeypatch):
-    """The winner by its row, the correction by networks that were not trained; epochs are those of all trainings."""
+@pytest.mark.parametrize("others", [6, 0])
+def test_own_finals_are_judged_by_the_table(tmp_path, monkeypatch, others):
+    """The winner by its row, the correction by networks that were not trained; epochs are those of all trainings.
+
+    Eight networks are too few to learn from.
+    """
     table = PublicTable.read(small_table(tmp_path / "table.json"))
     untrained_run(tmp_path / "run", space_named("nas-bench-macro"))
     trained = TrainedRun.open(tmp_path / "run", Process.current(torch.device("cpu")))
     networks = dict(sorted(table.distinct.items(), key=lambda pair: -pair[1].macs))
     archs, rows = list(networks), list(networks.values())
     scores = [Score(0.5, 0.9, float(90 - row.accuracy), 10, 5, 9) for row in rows]
-    known = [
-        TrainedNetwork(arch, score.loss, networks[arch].accuracy / 100)
-        for arch, score in zip(archs[:14], scores, strict=False)
+    trainings = [
+        {"arch": str(arch), "one_shot_loss": score.loss, "top1": row.accuracy / 100}
+        for arch, row, score in zip(archs, rows, scores, strict=True)
     ]
     asked = []
 
@@ -206,18 +209,23 @@ def test_own_finals_are_judged_by_the_table(tmp_path, monkeypatch):
             asked.append((config.networks, config.random, search))
 
         def hold(self):
-            rungs = [{"networks": archs[:count]} for count in (8, 4, 2)]
-            return {"winner": {"arch": str(archs[1])}, "rungs": rungs, "others": archs[8:14]}
+            rungs = [{"networks": trainings[:count], "epochs": 16 // count} for count in (8, 4, 2)]
+            rest = trainings[8 : 8 + others]
+            return {"winner": trainings[1], "rungs": rungs, "others": rest, "request": {"decay_epochs": 1}}
 
     monkeypatch.setattr(trained_finals, "Finals", Held)
-    monkeypatch.setattr(trained_finals, "trained_networks", lambda run: known)
     search = LatestSearch({}, [], [])
-    found = trained_finals.trained_finals(trained, search, networks, scores, 200)
+    held = trained_finals.hold_finals(trained, search)
+    found = trained_finals.judged(table.space, held, networks, scores, 200)
     assert asked == [(8, 6, search)]
-    assert (found["trained"], found["epochs"]) == (14, 4 * 3 + 2 * 6 + 2 * 11 + 6 * 3)
+    assert (found["trained"], found["epochs"]) == (8 + others, 4 * 3 + 2 * 6 + 2 * 11 + others * 3)
     assert (found["code"], found["networks"]) == (rows[1].code, len(rows))
     assert found["regret"] == pytest.approx(max(row.accuracy for row in rows) - rows[1].accuracy)
-    assert found["tau"] > 0.5  # the loss tells the accuracy
+    assert found["regret_200"] == found["regret"]
+    if others == 0:
+        assert "tau" not in found
+    else:
+        assert found["tau"] > 0.5  # the loss tells the accuracy
 
 
 def test_a_run_of_another_space_is_refused(tmp_path):

@@ -7,11 +7,11 @@ import numpy as np
 
 from bsnas.benchmarks.parts.tabular.public_table import Row
 from bsnas.benchmarks.parts.tabular.ranking import BUDGETS, tau, tau_in_bands
+from bsnas.benchmarks.parts.tabular.scored_run import candidates_of
 from bsnas.engine.evaluation.evaluator import Score
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.space import Space
 from bsnas.search.algorithms.correction import Correction, TrainedNetwork
-from bsnas.search.algorithms.evolution import Candidate
 
 DRAWS = 10
 """Sets of trained networks that are drawn."""
@@ -25,7 +25,7 @@ def corrected(space: Space, networks: Mapping[Arch, Row], scores: Sequence[Score
     """
     rng = np.random.default_rng(0)
     rows, archs = list(networks.values()), list(networks)
-    candidates = [Candidate(a, {}, s.top1, s.top5, s.loss) for a, s in zip(archs, scores, strict=True)]
+    candidates = candidates_of(archs, scores)
     accuracies, macs = np.array([row.accuracy for row in rows]), np.array([row.macs for row in rows], np.float64)
     found: dict[str, list[float]] = {}
     for _ in range(DRAWS):

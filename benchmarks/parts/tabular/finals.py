@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from bsnas.benchmarks.parts.tabular.public_table import Row
 from bsnas.benchmarks.parts.tabular.ranking import BUDGETS
+from bsnas.benchmarks.parts.tabular.scored_run import candidates_of
 from bsnas.engine.evaluation.evaluator import Score
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.space import Space
@@ -55,7 +56,7 @@ def finals(
         inside = [(arch, row, score, value) for (arch, row), score, value in triples if row.macs <= budget * 1e6]
         if len(inside) < STEPS[-1]:
             continue
-        candidates = [Candidate(arch, {}, score.top1, score.top5, score.loss) for arch, _, score, _ in inside]
+        candidates = candidates_of([arch for arch, *_ in inside], [score for _, _, score, _ in inside])
         best_first = np.argsort([-value for *_, value in inside], kind="stable")
         regrets = np.array([_regrets(space, [row for _, row, _, _ in inside], candidates, best_first, seed)
                             for seed in range(DRAWS)])  # fmt: skip

@@ -1,17 +1,17 @@
 """Whether a run can score a table's networks, and what a search by its scores finds of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from bsnas.benchmarks.parts.tabular.public_table import PublicTable, Row
 from bsnas.benchmarks.parts.tabular.ranking import BUDGETS
-from bsnas.engine.evaluation.evaluator import Evaluator
+from bsnas.engine.evaluation.evaluator import Evaluator, Score
 from bsnas.engine.evaluation.trained_run import TrainedRun
 from bsnas.engine.host.errors import UserError
 from bsnas.engine.space.arch import Arch
 from bsnas.engine.space.limits import Limit
 from bsnas.engine.space.problem import Problem
-from bsnas.search.algorithms.evolution import EvolutionConfig, Valued, by_top1, ranked
+from bsnas.search.algorithms.evolution import Candidate, EvolutionConfig, Valued, by_top1, ranked
 from bsnas.search.runs.history import LatestSearch
 from bsnas.search.runs.search import generations
 
@@ -30,6 +30,11 @@ def check_run(trained: TrainedRun, table: PublicTable) -> None:
             f"the table of {table.name} has networks without accuracies, so nothing to rank by; give one "
             "whose entries have test_acc or acc, or --check-costs alone"
         )
+
+
+def candidates_of(archs: Iterable[Arch], scores: Sequence[Score]) -> list[Candidate]:
+    """As a search would have them; costs, which a table tells, are left out."""
+    return [Candidate(arch, {}, one.top1, one.top5, one.loss) for arch, one in zip(archs, scores, strict=True)]
 
 
 def search_budgets(
